@@ -1,0 +1,88 @@
+"""The hand-over: an encoder run's weights, verified and frozen, given to a probe before it has an optimiser."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+
+from callbacks.checkpoints import load_checkpoint, newest_finished, resolve_checkpoint
+from errors import InputError
+from lightning_modules.encoders import Encoder, build_encoder
+
+
+class FrozenEncoder(Callback):
+    """Hands a trained encoder to a module that has a place for one (`pl_module.encoder is None`) before it is fitted.
+
+    Architecture, feature width, normalisation and weights all come from the encoder run's checkpoint. The features of
+    the training and validation images are computed once and put in their place, unless the data is augmented. The
+    encoder is checked to be unchanged when the fit ends; its SHA-256 is in every checkpoint of the probe.
+
+    Args:
+        run: checkpoint file or run folder of an encoder (of a folder, the best checkpoint by validation); null: the
+            newest finished run in `<save_dir>/triplet_encoder`.
+        cache: compute features once; false: in every step, with bit-identical results in float32.
+    """
+
+    def __init__(self, run: str | None = None, cache: bool = True) -> None:
+        self.run, self.cache = run, cache
+        self.sha256: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        takes_encoder = "encoder" in vars(pl_module) and pl_module.encoder is None
+        if self.run is not None and not takes_encoder:
+            raise InputError(f"frozen_encoder.run {self.run}: {type(pl_module).__name__} takes no encoder; only probes do")
+        if stage != "fit" or not takes_encoder:
+            return
+        runs = Path(trainer.logger.save_dir if trainer.logger else "runs")
+        path = resolve_checkpoint(self.run or str(newest_finished(runs / "triplet_encoder")), runs / "triplet_encoder")
+        encoder = encoder_from_checkpoint(path).requires_grad_(False).eval().to(trainer.strategy.root_device)
+        self.sha256 = encoder_sha256(encoder)
+        if self.cache and not trainer.datamodule.augments:
+            with trainer.precision_plugin.forward_context():
+                features = {s: encoder.embed_all(trainer.datamodule.evaluation_loader(s)) for s in ("train", "val")}
+            trainer.datamodule.replace_images(features)
+        pl_module.encoder = encoder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.sha256 is not None and encoder_sha256(pl_module.encoder) != self.sha256:
+            raise RuntimeError("the frozen encoder changed while the probe was fitted; do not use this probe")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        if self.sha256 is not None:
+            checkpoint["encoder_sha256"] = self.sha256
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        if self.sha256 is not None and checkpoint.get("encoder_sha256") != self.sha256:
+            raise InputError(
+                "this probe was fitted on another encoder than the one handed over now; give the same --frozen_encoder.run"
+            )
+
+
+def encoder_from_checkpoint(path: Path) -> Encoder:
+    """Builds the encoder that a stage's checkpoint describes and loads its weights, every tensor of them.
+
+    Raises InputError where the checkpoint is damaged, is of a stage without an encoder, or does not match.
+    """
+    checkpoint = load_checkpoint(path)
+    stage = checkpoint.get("stage")
+    if not isinstance(stage, dict) or not stage.get("encoder"):
+        module = stage.get("module") if isinstance(stage, dict) else "another program"
+        raise InputError(f"{path}: a checkpoint of {module}, which has no encoder; give that of an encoder run")
+    encoder = build_encoder(stage["encoder"])
+    weights = {k.removeprefix("encoder."): v for k, v in checkpoint["state_dict"].items() if k.startswith("encoder.")}
+    try:
+        encoder.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise InputError(f"{path}: the weights do not fit {stage['encoder']['class_path']}: {reason}") from error
+    return encoder
+
+
+def encoder_sha256(encoder: torch.nn.Module) -> str:
+    """Digest of all tensors of the encoder, buffers too, with their names and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""What every run leaves besides its checkpoints: its config, its untrained weights, and a note that it has ended."""
+
+import json
+import time
+from pathlib import Path
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.cli import SaveConfigCallback
+
+from callbacks.checkpoints import FINISHED
+
+
+class RunFiles(SaveConfigCallback):
+    """Added to every run by the command line.
+
+    Writes `config.yaml` once a run has started, never over another one; `checkpoints/step0.ckpt` before the first
+    step; `finished.json` (seconds since the trainer was made, metrics) when the fit has ended. Has the last step
+    of a run that stops within an epoch (`max_steps`) validated and saved like an epoch's last.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._made = time.monotonic()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning's callback writes here, before the run's input has been accepted."""
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and trainer.logger:
+            folder = Path(trainer.logger.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            names = (folder / f"config{k}.yaml" for k in ("", *(f"_{i}" for i in range(1, 10_000))))
+            self.parser.save(self.config, next(n for n in names if not n.exists()), skip_none=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+        if trainer.logger and trainer.global_step == 0:
+            trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / "step0.ckpt")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._save(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *args) -> None:
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # Lightning validates when asked to stop, not when the steps run out
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.logger:
+            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            note = {"seconds": time.monotonic() - self._made, "steps": trainer.global_step, "metrics": metrics}
+            (Path(trainer.logger.log_dir) / FINISHED).write_text(json.dumps(note, indent=1) + "\n")

@@ -1,0 +1,42 @@
+"""A TensorBoard logger whose run folder appears only once a run really starts."""
+
+from pathlib import Path
+
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
+
+
+class RunLogger(TensorBoardLogger):
+    """Writes to `<save_dir>/<name>/version_N`.
+
+    Lightning asks for the event file before the data has been read; here it does not exist until the first
+    hyperparameters are logged, after data, encoder and checkpoint have been accepted. A refused run leaves nothing.
+
+    Args:
+        save_dir: folder of all runs.
+        name: the stage's folder in it.
+        version: N; null for the next free one.
+    """
+
+    def __init__(self, save_dir: str = "runs", name: str = "run", version: int | None = None) -> None:
+        super().__init__(save_dir, name=name, version=version, default_hp_metric=False)
+        self._started = False
+
+    def write_into(self, folder: Path) -> None:
+        """Uses `folder` (…/<name>/<version>) instead of the next free version."""
+        self._root_dir, self._name, self._version = str(folder.parent.parent), folder.parent.name, folder.name
+
+    @property
+    @rank_zero_experiment
+    def experiment(self):
+        if not self._started:
+            raise AttributeError("the run has not started")  # hasattr(logger, "experiment") is False until then
+        return super().experiment
+
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        self._started = True
+        super().log_hyperparams(*args, **kwargs)
+
+    def log_graph(self, *args, **kwargs) -> None:
+        self._started = True  # reached at the same time where there are no hyperparameters
+        super().log_graph(*args, **kwargs)

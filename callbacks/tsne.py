@@ -1,0 +1,50 @@
+"""`tsne.png`: the training features in two dimensions, coloured by class."""
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer
+from sklearn.manifold import TSNE as SklearnTSNE
+
+from errors import InputError
+
+
+class TSNE(Callback):
+    """Draws a t-SNE (L. van der Maaten & G. Hinton, 2008; scikit-learn's) of `pl_module.encoder`'s features after fit.
+
+    Args:
+        samples: training images to draw, equally many of each class where there are enough.
+        perplexity: scikit-learn's; cut to what the sample allows.
+    """
+
+    def __init__(self, samples: int = 2000, perplexity: float = 30.0) -> None:
+        if samples < 10:
+            raise InputError(f"TSNE samples {samples}: must be at least 10")
+        if not perplexity > 0:
+            raise InputError(f"TSNE perplexity {perplexity}: must be above 0")
+        self.samples, self.perplexity = samples, perplexity
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (trainer.is_global_zero and trainer.logger):
+            return
+        labels = trainer.datamodule.split("train").labels
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        share = -(-self.samples // pl_module.num_classes)
+        index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[: self.samples]
+        was_training = pl_module.encoder.training
+        pl_module.encoder.eval()
+        with trainer.precision_plugin.forward_context():
+            features = pl_module.encoder.embed_all(trainer.datamodule.evaluation_loader("train", index)).cpu().numpy()
+        pl_module.encoder.train(was_training)
+        perplexity = min(self.perplexity, (len(index) - 1) / 3)
+        points = SklearnTSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
+
+        figure = Figure(figsize=(7.5, 6), layout="constrained")
+        axes = figure.subplots()
+        for c, name in enumerate(pl_module.class_names):
+            axes.scatter(*points[(labels[index] == c).numpy()].T, s=5, color=f"C{c}", label=name)
+        axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(index)} training images' features")
+        axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+        figure.savefig(Path(trainer.logger.log_dir) / "tsne.png", dpi=120)
+        trainer.logger.experiment.add_figure("tsne", figure, trainer.global_step)

@@ -1,0 +1,138 @@
+"""The command line: LightningCLI with one resolver for checkpoints, one line for an error, one line at the end."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+
+import datamodules  # noqa: F401  (short class names on the command line)
+import lightning_modules  # noqa: F401
+from callbacks import FrozenEncoder, RunFiles, RunLogger
+from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder
+from errors import InputError
+
+
+# The trainer's lines about TPUs and other products; its warnings stay, but for those that are about our own intent.
+for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+    logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
+for message in (
+    r".*in eval mode at the start of training",  # the frozen encoder
+    r".*The dirpath has changed from",  # test and predict write beside the checkpoints they read
+    r".*smaller than the logging interval",  # epochs are logged all the same
+    r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
+):
+    warnings.filterwarnings("ignore", message)
+
+
+class OneLineParser(LightningArgumentParser):
+    """Raises InputError with the cause instead of printing usage and exiting."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+        # jsonargparse nests: what was tried, then why each try failed; the first and the last line hold the cause.
+        cause = lines[0] if len(lines) == 1 or len(lines[0]) > 300 else f"{lines[0]} {lines[-1]}"
+        raise InputError(cause[:500]) from ex
+
+
+class CLI(LightningCLI):
+    """`fit | validate | test | predict`; `--ckpt_path best | last | FILE | RUN_FOLDER`."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=RunFiles,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=OneLineParser,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        # How checkpoints are read is not the user's choice here.
+        return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(FrozenEncoder, "frozen_encoder")
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        # Replaces Lightning's, which lets hyperparameters in the file override the command line. Here the command line
+        # defines the model, and Stage.on_load_checkpoint refuses a checkpoint that does not fit it.
+        command = self.config["subcommand"]
+        config = self.config[command]
+        logger = config.trainer.logger
+        named = hasattr(logger, "class_path") and "name" in logger.init_args
+        self.runs = Path(logger.init_args.save_dir) / logger.init_args.name if named else Path("runs")
+        self.checkpoint = None
+        if config.ckpt_path is not None:
+            prefer = "last" if command == "fit" else "best"
+            self.checkpoint = resolve_checkpoint(config.ckpt_path, self.runs, prefer)
+            load_checkpoint(self.checkpoint)
+            config.ckpt_path = str(self.checkpoint)
+        elif command != "fit":
+            raise InputError(f"{command} needs trained weights: give --ckpt_path best|last|FILE|RUN_FOLDER")
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config[self.subcommand].trainer
+        if trainer.precision is None:
+            trainer.precision = "bf16-mixed" if bf16_is_native(trainer.accelerator) else "32-true"
+
+    def after_instantiate_classes(self) -> None:
+        logger = self.trainer.logger
+        if self.checkpoint is None or not isinstance(logger, RunLogger):
+            return
+        folder = run_folder(self.checkpoint)
+        if self.subcommand != "fit":
+            parent = folder or self.runs
+            taken = {p.name for p in parent.glob(f"{self.subcommand}_*")}
+            k = next(k for k in range(len(taken) + 1) if f"{self.subcommand}_{k}" not in taken)
+            logger.write_into(parent / f"{self.subcommand}_{k}")
+        elif folder is not None:
+            logger.write_into(folder)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def after_fit(self) -> None:
+        run = self._folder
+        data = f" --data {type(self.datamodule).__name__}"
+        if run is None:
+            return self._say("fit ended; nothing was written (--trainer.logger false)")
+        if hasattr(self.model, "triplet_loss"):
+            following = f"fit --config configs/linear_probe.yaml{data} --frozen_encoder.run {run}"
+        else:
+            following = f"test --config {run}/config.yaml --ckpt_path {run}"
+        self._say(f"{run}: checkpoints, curves.png, metrics.csv, TensorBoard events. Next: python main.py {following}")
+
+    def after_validate(self) -> None:
+        self._say(f"{self._folder}: config and TensorBoard events of this validation")
+
+    def after_test(self) -> None:
+        run = run_folder(self.checkpoint) or self._folder
+        self._say(f"{self._folder}: config and TensorBoard events of this test. Look: tensorboard --logdir {run}")
+
+    def after_predict(self) -> None:
+        self._say(f"{self._folder}/predictions.csv")
+
+    @property
+    def _folder(self) -> str | None:
+        return self.trainer.logger.log_dir if self.trainer.logger else None
+
+    def _say(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            print(text)
+
+
+def bf16_is_native(accelerator: str) -> bool:
+    """Whether the device computes in bfloat16 itself; where it only emulates it, bf16 is slower than float32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()

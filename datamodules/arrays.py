@@ -1,0 +1,98 @@
+"""Images and labels as arrays: reading them from .npz, checking them, splitting them."""
+
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+
+class ImageSet(NamedTuple):
+    """`images` (N, 32, 32, 3) uint8, or (N, D) float32 once features stand in for them; `labels` (N,) int64 or None."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> ImageSet:
+    """Reads `images` (N, 32, 32, 3) uint8 and `labels` (N,) integers in [0, num_classes) from an .npz file.
+
+    Raises InputError where the file is missing, damaged, pickled, or holds anything else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give an .npz with images (N, 32, 32, 3) uint8 and labels (N,)")
+    arrays = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
+            for name in ("images", "labels"):
+                if name in file:
+                    arrays[name] = file[name]
+                elif name == "images" or labels_required:
+                    hint = "; a file without labels serves predict only" if name == "labels" else ""
+                    raise InputError(f"{path}: no array named '{name}' (found: {', '.join(file) or 'nothing'}){hint}")
+    except InputError:
+        raise
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise InputError(f"{path}: holds pickled Python objects, which are never loaded; save plain arrays") from error
+        raise InputError(f"{path}: not a readable .npz file ({_first_line(error)}); write it again") from error
+    except (OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise InputError(f"{path}: damaged or truncated .npz file ({_first_line(error)}); copy it again") from error
+
+    images = arrays["images"]
+    if images.dtype != np.uint8:
+        raise InputError(f"{path}: images are {images.dtype}; expected uint8 in 0..255 (not scaled, not normalised)")
+    if images.ndim == 4 and images.shape[1:] == (3, 32, 32):
+        raise InputError(f"{path}: images are channel-first {images.shape}; transpose them to (N, 32, 32, 3)")
+    if images.ndim != 4 or images.shape[1:] != (32, 32, 3) or not len(images):
+        raise InputError(f"{path}: images have shape {images.shape}; expected (N, 32, 32, 3) with N > 0")
+    labels = arrays.get("labels")
+    if labels is None:
+        return ImageSet(torch.from_numpy(images), None)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"{path}: labels are {labels.dtype}; expected integers")
+    if labels.shape != (len(images),):
+        raise InputError(f"{path}: labels have shape {labels.shape}; expected ({len(images)},), one for each image")
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        i = int(outside.argmax())
+        raise InputError(f"{path}: label {labels[i]} of image {i} is outside 0..{num_classes - 1}")
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits indices into (rest, held_out) with `size` held out, each class in proportion (largest remainder).
+
+    `labels` (N,) int64. Both index tensors are sorted; the same labels, size and seed give the same split.
+    Raises InputError unless 0 < size < N.
+    """
+    if not 0 < size < len(labels):
+        raise InputError(f"val_size {size} does not fit {len(labels)} training images; choose 1..{len(labels) - 1}")
+    generator = torch.Generator().manual_seed(seed)
+    members = [(labels == c).nonzero().flatten() for c in labels.unique()]
+    exact = [len(m) * size / len(labels) for m in members]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(members)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: size - sum(counts)]:
+        counts[i] += 1
+    shuffled = [m[torch.randperm(len(m), generator=generator)] for m in members]
+    held_out = torch.cat([m[:count] for m, count in zip(shuffled, counts)]).sort().values
+    rest = torch.cat([m[count:] for m, count in zip(shuffled, counts)]).sort().values
+    return rest, held_out
+
+
+def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:
+    """Keeps the images of `classes` and relabels them 0, 1, … in the order given."""
+    keep = torch.isin(images.labels, torch.tensor(classes))
+    labels = torch.full((max(classes) + 1,), -1).index_put((torch.tensor(classes),), torch.arange(len(classes)))
+    return ImageSet(images.images[keep], labels[images.labels[keep]])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

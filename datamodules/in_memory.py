@@ -1,0 +1,130 @@
+"""What every data set here shares: splits held in memory as uint8, and the loaders that cut batches from them."""
+
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+
+from datamodules.arrays import ImageSet, select_classes, stratified_split
+from datamodules.loader import BatchLoader
+from errors import InputError
+
+
+class InMemoryDataModule(LightningDataModule):
+    """Holds the splits `train`, `val` and `test` as (N, 32, 32, 3) uint8 tensors and serves them in whole batches.
+
+    A subclass names its classes in `CLASSES` and reads its two files in `load`. The validation split is cut from the
+    training images, stratified by class and fixed by `split_seed`; `classes` then keeps the images of those classes
+    in every split. The test images are not read before `test` or `predict`.
+    """
+
+    CLASSES: tuple[str, ...]
+
+    def __init__(
+        self,
+        classes: list[int] | None,
+        val_size: int,
+        split_seed: int,
+        batch_size: int,
+        flip: bool,
+        translate: int,
+    ) -> None:
+        super().__init__()
+        if classes is not None and (len(set(classes)) != len(classes) or len(classes) < 2):
+            raise InputError(f"data.classes {classes}: give at least two different classes, e.g. [0, 1]")
+        for label in classes or []:
+            if not 0 <= label < len(self.CLASSES):
+                names = ", ".join(f"{i} {name}" for i, name in enumerate(self.CLASSES))
+                raise InputError(f"data.classes {classes}: {label} is not in the data (classes: {names})")
+        if batch_size < 1:
+            raise InputError(f"data.batch_size {batch_size}: must be at least 1")
+        if not 0 <= translate < 32:
+            raise InputError(f"data.translate {translate}: must be 0..31 pixels")
+        self.classes, self.val_size, self.split_seed = classes, val_size, split_seed
+        self.batch_size, self.flip, self.translate = batch_size, flip, translate
+        self._sets: dict[str, ImageSet] = {}
+
+    def load(self, split: str) -> ImageSet:
+        """Reads all `train` or all `test` images; only test images may come without labels."""
+        raise NotImplementedError
+
+    @property
+    def class_names(self) -> list[str]:
+        return [self.CLASSES[i] for i in (self.classes or range(len(self.CLASSES)))]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def augments(self) -> bool:
+        return self.flip or self.translate > 0
+
+    def setup(self, stage: str) -> None:
+        if stage in ("fit", "validate"):
+            train = self.split("train")
+            if stage == "fit" and self.batch_size > len(train.labels):
+                raise InputError(f"data.batch_size {self.batch_size} is larger than the {len(train.labels)} training images")
+            if self.batch_size % self.trainer.world_size:
+                raise InputError(
+                    f"data.batch_size {self.batch_size} is the global batch and must divide by the"
+                    f" {self.trainer.world_size} processes"
+                )
+        elif self.split("test").labels is None and stage == "test":
+            raise InputError("the test file has no labels: it serves predict only; give data.test_npz one with labels")
+
+    def split(self, name: str) -> ImageSet:
+        """The images and labels of `train`, `val` or `test`, read when first asked for."""
+        if name not in self._sets and name == "test":
+            images = self.load("test")
+            if self.classes is not None and images.labels is not None:
+                images = select_classes(images, self.classes)
+            self._sets["test"] = images
+        elif name not in self._sets:
+            images = self.load("train")
+            if len(images.labels.unique()) < 2:
+                raise InputError("the training labels name only one class; at least two are needed")
+            parts = (ImageSet(*(x[i] for x in images)) for i in stratified_split(images.labels, self.val_size, self.split_seed))
+            for part, chosen in zip(("train", "val"), parts):
+                if self.classes is not None:
+                    chosen = select_classes(chosen, self.classes)
+                    for label, count in zip(self.classes, chosen.labels.bincount(minlength=self.num_classes).tolist()):
+                        if not count:
+                            raise InputError(f"data.classes {self.classes}: no image of class {label} in the {part} split")
+                self._sets[part] = chosen
+        return self._sets[name]
+
+    def replace_images(self, features: dict[str, Tensor]) -> None:
+        """Puts features (N, D) in place of the images of the splits named."""
+        for name, x in features.items():
+            self._sets[name] = ImageSet(x, self.split(name).labels)
+
+    def evaluation_loader(self, name: str, index: Tensor | None = None) -> BatchLoader:
+        """The whole split `name`, or its images `index` (M,), in order, not augmented, on every process."""
+        inputs, labels = (x if index is None else x[index] for x in self.split(name))
+        return BatchLoader(inputs.to(self._device), labels.to(self._device), self.batch_size)
+
+    def train_dataloader(self) -> BatchLoader:
+        seed = self.trainer.strategy.broadcast(torch.initial_seed())
+        return self._loader("train", seed=seed, flip=self.flip, translate=self.translate)
+
+    def val_dataloader(self) -> BatchLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> BatchLoader:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> BatchLoader:
+        inputs, _ = self.split("test")
+        return BatchLoader(inputs.to(self._device), None, self.batch_size, **self._share)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device
+
+    @property
+    def _share(self) -> dict[str, int]:
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+
+    def _loader(self, name: str, **training) -> BatchLoader:
+        inputs, labels = (x.to(self._device) for x in self.split(name))
+        return BatchLoader(inputs, labels, self.batch_size, **self._share, **training)

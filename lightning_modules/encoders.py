@@ -1,0 +1,174 @@
+"""Networks that map images to features, under one contract, `Encoder`."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import InputError
+
+
+class Encoder(nn.Module):
+    """Maps images (B, 3, 32, 32) float in [0, 1] to features (B, `feature_dim`).
+
+    A subclass sets `feature_dim`, implements `features(normalised_images)`, and passes its own arguments on as
+    `init_args`, from which a checkpoint's reader builds it again. The channel statistics are buffers, so they travel
+    with the weights; `initialize` fills them before training. So does `mirror`, which says whether `embed` averages
+    the features of an image and of its mirror image.
+    """
+
+    feature_dim: int
+
+    def __init__(self, **init_args) -> None:
+        super().__init__()
+        self.init_args = init_args
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.register_buffer("std", torch.ones(3, 1, 1))
+        self.register_buffer("mirror", torch.tensor(False))
+
+    @property
+    def spec(self) -> dict:
+        """What `build_encoder` needs, in plain types."""
+        return {"class_path": type(self).__name__, "init_args": self.init_args}
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        """Fills what is computed from the training split's images (N, 32, 32, 3) uint8, not learned."""
+        mean, std = channel_statistics(images)
+        self.mean.copy_(mean.view(3, 1, 1))
+        self.std.copy_(std.view(3, 1, 1))
+
+    def features(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features((images - self.mean) / self.std)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What probes, kNN and pictures read: features (B, `feature_dim`) float32, mirror-averaged if `mirror`."""
+        features = self(images).float()
+        return (features + self(images.flip(-1)).float()) / 2 if self.mirror else features
+
+    @torch.no_grad()
+    def embed_all(self, loader) -> Tensor:
+        """`embed` over a whole loader: (N, `feature_dim`). Every block has the loader's `batch_size` images, the last
+        one filled up, since the CPU kernels' rounding may depend on the batch size."""
+        blocks = []
+        for images, *_ in loader:
+            missing = loader.batch_size - len(images)
+            filled = torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing else images
+            blocks.append(self.embed(filled)[: len(images)])
+        return torch.cat(blocks)
+
+
+class ReportEncoder(Encoder):
+    """The two-convolution network of the report this project grew from, layer for layer; 5.3 million weights.
+
+    Conv 3→32, ReLU, max-pool, conv 32→64, ReLU, max-pool, linear 4096→1024, ReLU, linear 1024→512, ReLU, and a linear
+    layer to `feature_dim`, the report's `z_dim`. Trained with `z_dim: null`, its loss reads these features themselves.
+    """
+
+    def __init__(self, feature_dim: int = 32) -> None:
+        super().__init__(feature_dim=feature_dim)
+        self.feature_dim = _positive("feature_dim", feature_dim)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
+            nn.Linear(512, feature_dim),
+        )  # fmt: skip
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+class FastEncoder(Encoder):
+    """A small network that trains in minutes: frozen whitening, then three blocks of conv-pool-BN-GELU-conv-BN-GELU.
+
+    The layers follow airbench94 (K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024): 2×2 patch
+    whitening (section 3.2, after T. Page's ResNet-on-CIFAR-10 studies), convolutions started as partial identities
+    (3.3), BatchNorm without scale. A last max-pool over the remaining 3×3 positions gives `widths[-1]` features.
+
+    Args:
+        widths: output channels of the three blocks.
+        whitening_eps: added to the variance of each patch direction (images in units of standard deviations). Grey
+            or few images have directions of no variance at all, which whitening would blow up to noise.
+    """
+
+    def __init__(self, widths: list[int] = [32, 128, 128], whitening_eps: float = 1e-2) -> None:
+        super().__init__(widths=list(widths), whitening_eps=whitening_eps)
+        if len(widths) != 3:
+            raise InputError(f"FastEncoder widths {widths}: give the widths of three blocks, e.g. [32, 128, 128]")
+        for width in widths:
+            _positive("widths", width)
+        if not whitening_eps > 0:
+            raise InputError(f"FastEncoder whitening_eps {whitening_eps}: must be above 0")
+        self.feature_dim, self.whitening_eps = widths[-1], whitening_eps
+        self.whiten = nn.Conv2d(3, 24, kernel_size=2)
+        self.whiten.weight.requires_grad_(False)
+        nn.init.zeros_(self.whiten.bias)
+        self.blocks = nn.Sequential(*map(_block, [24, *widths[:-1]], widths))
+        self.pool = nn.AdaptiveMaxPool2d(1)
+
+    @torch.no_grad()
+    def initialize(self, images: Tensor) -> None:
+        super().initialize(images)
+        weight = whitening_filters(images[:5000].permute(0, 3, 1, 2).float() / 255, self.mean, self.std, self.whitening_eps)
+        # Each direction in both signs, since the GELU behind it keeps one side (airbench94).
+        self.whiten.weight.copy_(torch.cat([weight, -weight]))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.pool(self.blocks(F.gelu(self.whiten(images)))).flatten(1)
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    convs = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+    for conv in convs:
+        nn.init.dirac_(conv.weight[: conv.in_channels].data)
+    norms = nn.BatchNorm2d(outputs, momentum=0.4), nn.BatchNorm2d(outputs, momentum=0.4)
+    for norm in norms:
+        norm.weight.requires_grad_(False)
+    return nn.Sequential(convs[0], nn.MaxPool2d(2), norms[0], nn.GELU(), convs[1], norms[1], nn.GELU())
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (3,) each, in [0, 1], of images (N, 32, 32, 3) uint8. A flat channel gets std 1."""
+    # From a histogram of the 256 levels: exact, and no float copy of the images.
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([images[..., c].flatten().bincount(minlength=256).cpu().double() for c in range(3)])
+    share = counts / counts.sum(1, keepdim=True)
+    mean = share @ levels
+    std = ((share @ levels.square()) - mean.square()).clamp_min(0).sqrt()
+    return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
+
+
+def whitening_filters(images: Tensor, mean: Tensor, std: Tensor, eps: float) -> Tensor:
+    """Filters (12, 3, 2, 2) whose responses to normalised patches are uncorrelated with variance v / (v + eps) ≤ 1.
+
+    `images` (N, 3, 32, 32) in [0, 1]; `mean` and `std` (3, 1, 1); v is a direction's variance. Sorted by falling v.
+    """
+    patches = ((images - mean) / std).unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    covariance = patches.double().T @ patches.double() / len(patches)
+    variance, directions = torch.linalg.eigh(covariance.cpu())
+    filters = directions / (variance.clamp_min(0) + eps).sqrt()
+    return filters.T.flip(0).reshape(12, 3, 2, 2).float().to(images.device)
+
+
+def build_encoder(spec: dict) -> Encoder:
+    """The encoder that a checkpoint's `spec` describes, untrained. Raises InputError for an unknown one.
+
+    Only subclasses of Encoder that this process has imported already can be named: a checkpoint imports nothing.
+    """
+    known = {encoder.__name__: encoder for encoder in Encoder.__subclasses__()}
+    name = spec.get("class_path") if isinstance(spec, dict) else None
+    if name not in known:
+        raise InputError(f"encoder {name!r} named by the checkpoint is not one of {', '.join(known)}")
+    try:
+        return known[name](**spec.get("init_args", {})).to(memory_format=torch.channels_last)
+    except TypeError as error:
+        raise InputError(f"the checkpoint's arguments do not fit {name}: {error}") from error
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise InputError(f"encoder {name} {value}: must be at least 1")
+    return value

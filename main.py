@@ -1,0 +1,59 @@
+"""Fit, validate, test or predict one stage. Every option stands in its config and can be overridden here.
+
+    python main.py fit  --config configs/softmax_regression.yaml
+    python main.py fit  --config configs/triplet_encoder.yaml
+    python main.py fit  --config configs/linear_probe.yaml                # on the newest finished triplet encoder
+    python main.py test --config configs/linear_probe.yaml --ckpt_path best
+    python main.py fit  --config configs/triplet_encoder.yaml --data DigitsDataModule       # no download, for trying
+    python main.py fit  --config configs/triplet_encoder.yaml --trainer.devices 2 --model.lr 0.5
+    python main.py fit  --config configs/triplet_encoder.yaml --ckpt_path last              # goes on where it stopped
+    python main.py fit  --help
+
+DEBUG=1 shows the traceback behind an error's one line.
+"""
+
+import os
+import sys
+
+from errors import InputError
+
+
+def main(args: list[str] | None = None):
+    """Runs one command and returns the CLI with its trainer, model and data. Raises InputError for bad input."""
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from cli import CLI
+
+    try:
+        return CLI(args)
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    except ValueError as error:
+        # jsonargparse wraps what a class's constructor raises.
+        cause = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise cause from error
+
+
+def one_line(program: str, function) -> int:
+    """Calls `function`; an InputError becomes one line on stderr and exit code 2."""
+    try:
+        function()
+    except InputError as error:
+        if os.environ.get("DEBUG") == "1":
+            raise
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--version"]:
+        from importlib.metadata import version
+
+        print(version("contrastive-ladder"))
+    else:
+        sys.exit(one_line("main.py", main))

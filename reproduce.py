@@ -1,0 +1,184 @@
+"""The whole ladder on one data set, from pixels to the contrastive encoder, and one table of what each step buys.
+
+    python reproduce.py --data digits                      # offline, about a minute
+    python reproduce.py --data-dir data                    # CIFAR-10: .npz files there, or a download
+    python reproduce.py --data-dir data --seeds 3          # mean and standard deviation over three seeds
+
+Every stage runs through main.py with its shipped config. Called again with the same --out, it goes on at the first
+stage that has not finished.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from errors import InputError
+from main import main, one_line
+
+CONFIGS = Path(__file__).parent / "configs"
+# Validation accuracies the report states; it has no test accuracies (its test images came without labels).
+REPORT = {
+    "logistic_regression": 0.8030,
+    "softmax_regression": 0.3684,
+    "random_encoder_linear_probe": None,
+    "triplet_encoder_knn": None,
+    "triplet_encoder_linear_probe": 0.8315,
+    "triplet_encoder_mlp_probe": 0.875,
+    "supervised_encoder": None,
+}
+# 1,077 digits are two batches of 512, so that batches shrink and epochs grow in number.
+DIGITS = {
+    "logistic_regression": ["--data.batch_size=128"],
+    "softmax_regression": ["--data.batch_size=128", "--trainer.max_epochs=30"],
+    "triplet_encoder": ["--data.batch_size=128"],
+    "linear_probe": ["--data.batch_size=128"],
+    "mlp_probe": ["--data.batch_size=128"],
+    "supervised_encoder": ["--data.batch_size=128"],
+}
+
+
+class Ladder:
+    """The runs of one seed, in `out/seed_S/`; finished rows are kept in `rows.json` there."""
+
+    def __init__(self, out: Path, seed: int, data: list[str], overrides: dict[str, list[str]]) -> None:
+        self.out, self.seed, self.data, self.overrides = out / f"seed_{seed}", seed, data, overrides
+        self.rows_file = self.out / "rows.json"
+
+    def run(self) -> dict[str, dict]:
+        rows = json.loads(self.rows_file.read_text()) if self.rows_file.is_file() else {}
+        for stage, function in {
+            "logistic_regression": lambda: self._classifier("logistic_regression"),
+            "softmax_regression": lambda: self._classifier("softmax_regression"),
+            "triplet_encoder_knn": self._triplet_encoder,
+            "random_encoder_linear_probe": lambda: self._probe("linear_probe", "random_encoder", "step0.ckpt"),
+            "triplet_encoder_linear_probe": lambda: self._probe("linear_probe", "linear_probe"),
+            "triplet_encoder_mlp_probe": lambda: self._probe("mlp_probe", "mlp_probe"),
+            "supervised_encoder": lambda: self._classifier("supervised_encoder"),
+        }.items():
+            if stage in rows:
+                print(f"[seed {self.seed}] {stage}: finished before", flush=True)
+                continue
+            print(f"[seed {self.seed}] {stage} …", flush=True)
+            start = time.monotonic()
+            val, test = function()
+            rows[stage] = {"val": val, "test": test, "seconds": time.monotonic() - start}
+            print(f"[seed {self.seed}] {stage}: val {val:.4f}, test {test:.4f}, {rows[stage]['seconds']:.0f} s", flush=True)
+            _write(self.rows_file, json.dumps(rows, indent=1))
+        return rows
+
+    def _main(self, command: str, config: str, name: str, *more: str):
+        classes = ["--data.classes=[0,1]"] if config == "logistic_regression" else []
+        logger = [f"--trainer.logger.save_dir={self.out}", f"--trainer.logger.name={name}"]
+        fixed = ["--config", str(CONFIGS / f"{config}.yaml"), *self.data, *classes, f"--seed_everything={self.seed}"]
+        cli = main([command, *fixed, *logger, *self.overrides.get(config, []), *more])
+        return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+
+    def _fit(self, config: str, name: str, *more: str) -> None:
+        # A fit that was interrupted starts anew, in the next version of its folder.
+        self._main("fit", config, name, *more)
+
+    def _evaluate(self, config: str, name: str, metric: str) -> tuple[float, float]:
+        validated = self._main("validate", config, name, "--ckpt_path=best")
+        tested = self._main("test", config, name, "--ckpt_path=best")
+        return validated[f"val/{metric}"], tested[f"test/{metric}"]
+
+    def _classifier(self, config: str) -> tuple[float, float]:
+        self._fit(config, config)
+        return self._evaluate(config, config, "accuracy")
+
+    def _triplet_encoder(self) -> tuple[float, float]:
+        self._fit("triplet_encoder", "triplet_encoder")
+        return self._evaluate("triplet_encoder", "triplet_encoder", "knn_accuracy")
+
+    def _probe(self, config: str, name: str, checkpoint: str | None = None) -> tuple[float, float]:
+        from callbacks.checkpoints import newest_finished
+
+        run = newest_finished(self.out / "triplet_encoder")
+        encoder = run / "checkpoints" / checkpoint if checkpoint else run
+        self._fit(config, name, f"--frozen_encoder.run={encoder}")
+        return self._evaluate(config, name, "accuracy")
+
+
+def summarise(ladders: list[dict[str, dict]], report: bool) -> list[dict]:
+    """One row for each stage: means over the seeds, sample standard deviations where there are several."""
+    rows = []
+    for stage in REPORT:
+        row = {"stage": stage}
+        for key in ("val", "test"):
+            values = [ladder[stage][key] for ladder in ladders]
+            row[f"{key}_accuracy"] = statistics.fmean(values)
+            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        row["seconds"] = statistics.fmean(ladder[stage]["seconds"] for ladder in ladders)
+        row["report"] = REPORT[stage] if report else None
+        rows.append(row)
+    return rows
+
+
+def write_results(rows: list[dict], out: Path, title: str) -> None:
+    """Writes `results.json`, `results.md` and `results.png` into `out`."""
+    from matplotlib.figure import Figure
+
+    _write(out / "results.json", json.dumps(rows, indent=1))
+
+    def cell(value: float | None, std: float | None = None) -> str:
+        return "–" if value is None else f"{value:.4f}" + (f" ± {std:.4f}" if std is not None else "")
+
+    lines = [f"# {title}", "", "| stage | validation | test | seconds | report (validation) |", "|---|---|---|---|---|"]
+    for r in rows:
+        accuracies = f"{cell(r['val_accuracy'], r['val_std'])} | {cell(r['test_accuracy'], r['test_std'])}"
+        lines.append(f"| {r['stage']} | {accuracies} | {r['seconds']:.0f} | {cell(r['report'])} |")
+    _write(out / "results.md", "\n".join(lines))
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots()
+    names = [r["stage"].replace("_", " ") for r in rows]
+    bars = axes.barh(names, [r["test_accuracy"] for r in rows], xerr=[r["test_std"] or 0 for r in rows], color="C0")
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    marked = [(r["report"], i) for i, r in enumerate(rows) if r["report"] is not None]
+    if marked:
+        axes.plot(*zip(*marked), "D", color="C1", label="report (validation)")
+        axes.legend(loc="lower right")
+    axes.set(xlabel="test accuracy", xlim=(0, 1.08), title=title)
+    axes.invert_yaxis()
+    figure.savefig(out / "results.png", dpi=120)
+
+
+def _write(path: Path, text: str) -> None:
+    # Whole or not at all: a kill in the middle must not leave half a file for the next call to read.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(text + "\n")
+    path.with_suffix(".part").replace(path)
+
+
+def reproduce(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: (_ for _ in ()).throw(InputError(message))
+    parser.add_argument("--data", choices=["cifar10", "digits"], default="cifar10")
+    parser.add_argument("--data-dir", default="data", help="folder of CIFAR-10 (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0, 1, … (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of runs and results")
+    options = parser.parse_args(args)
+    if options.seeds < 1:
+        raise InputError(f"--seeds {options.seeds}: must be at least 1")
+
+    digits = options.data == "digits"
+    data = ["--data=DigitsDataModule"] if digits else [f"--data.root={options.data_dir}"]
+    settings = options.out / "settings.json"
+    wanted = {"data": options.data, "data_dir": None if digits else options.data_dir}
+    if settings.is_file() and json.loads(settings.read_text()) != wanted:
+        raise InputError(f"{options.out} holds results of {settings.read_text().strip()}; give another --out")
+    _write(settings, json.dumps(wanted))
+
+    ladders = [Ladder(options.out, seed, data, DIGITS if digits else {}).run() for seed in range(options.seeds)]
+    rows = summarise(ladders, report=not digits)
+    title = ("scikit-learn's digits" if digits else "CIFAR-10") + f", {options.seeds} seed{'s' * (options.seeds > 1)}"
+    write_results(rows, options.out, title)
+    print((options.out / "results.md").read_text())
+    print(f"{options.out}: results.json, results.md, results.png. Look: tensorboard --logdir {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(one_line("reproduce.py", reproduce))
