@@ -17,12 +17,18 @@ from errors import InputError
 
 
 # The trainer's lines about TPUs and other products; its warnings stay, but for those that are about our own intent.
-for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-    logging.getLogger(f"pytorch_lightning.{name}").setLevel(logging.WARNING)
+for name in (
+    "pytorch_lightning.utilities.rank_zero",
+    "pytorch_lightning.trainer.connectors.checkpoint_connector",
+    "lightning_fabric.utilities.seed",
+):
+    logging.getLogger(name).setLevel(logging.WARNING)
 for message in (
     r".*in eval mode at the start of training",  # the frozen encoder
     r".*The dirpath has changed from",  # test and predict write beside the checkpoints they read
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run writes on in its folder
     r".*smaller than the logging interval",  # epochs are logged all the same
+    r".*args parameter is intended to run from within Python",  # reproduce.py does
     r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
 ):
     warnings.filterwarnings("ignore", message)
@@ -35,7 +41,7 @@ class OneLineParser(LightningArgumentParser):
         lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
         # jsonargparse nests: what was tried, then why each try failed; the first and the last line hold the cause.
         cause = lines[0] if len(lines) == 1 or len(lines[0]) > 300 else f"{lines[0]} {lines[-1]}"
-        raise InputError(cause[:500]) from ex
+        raise InputError(cause.replace('"<unicode string>"', "a --config file")[:500]) from ex
 
 
 class CLI(LightningCLI):

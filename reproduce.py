@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from callbacks.checkpoints import FINISHED, newest_finished
 from errors import InputError
 from main import main, one_line
 
@@ -62,9 +63,9 @@ class Ladder:
                 print(f"[seed {self.seed}] {stage}: finished before", flush=True)
                 continue
             print(f"[seed {self.seed}] {stage} …", flush=True)
-            start = time.monotonic()
+            self.fit_seconds, start = 0.0, time.monotonic()
             val, test = function()
-            rows[stage] = {"val": val, "test": test, "seconds": time.monotonic() - start}
+            rows[stage] = {"val": val, "test": test, "seconds": self.fit_seconds + time.monotonic() - start}
             print(f"[seed {self.seed}] {stage}: val {val:.4f}, test {test:.4f}, {rows[stage]['seconds']:.0f} s", flush=True)
             _write(self.rows_file, json.dumps(rows, indent=1))
         return rows
@@ -77,8 +78,12 @@ class Ladder:
         return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
 
     def _fit(self, config: str, name: str, *more: str) -> None:
-        # A fit that was interrupted starts anew, in the next version of its folder.
-        self._main("fit", config, name, *more)
+        # A fit that was interrupted starts anew, in the next version of its folder; one that had ended counts.
+        finished = list((self.out / name).glob(f"version_*/{FINISHED}"))
+        if finished:
+            self.fit_seconds = json.loads(finished[0].read_text())["seconds"]
+        else:
+            self._main("fit", config, name, *more)
 
     def _evaluate(self, config: str, name: str, metric: str) -> tuple[float, float]:
         validated = self._main("validate", config, name, "--ckpt_path=best")
@@ -94,8 +99,6 @@ class Ladder:
         return self._evaluate("triplet_encoder", "triplet_encoder", "knn_accuracy")
 
     def _probe(self, config: str, name: str, checkpoint: str | None = None) -> tuple[float, float]:
-        from callbacks.checkpoints import newest_finished
-
         run = newest_finished(self.out / "triplet_encoder")
         encoder = run / "checkpoints" / checkpoint if checkpoint else run
         self._fit(config, name, f"--frozen_encoder.run={encoder}")

@@ -22,7 +22,8 @@ class Curves(Callback):
             with path.open(newline="") as file:
                 for row in csv.DictReader(file):
                     if int(row["step"]) <= trainer.global_step:
-                        self.rows[int(row["step"])] = {k: float(v) for k, v in row.items() if v != "" and k != "step"}
+                        values = {k: float(v) for k, v in row.items() if v != "" and k != "step"}
+                        self.rows[int(row["step"])] = {**values, "epoch": int(row["epoch"])}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:

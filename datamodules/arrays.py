@@ -27,9 +27,10 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
         raise InputError(f"{path}: no such file; give an .npz with images (N, 32, 32, 3) uint8 and labels (N,)")
     arrays = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
+        with archive as file:
             for name in ("images", "labels"):
                 if name in file:
                     arrays[name] = file[name]

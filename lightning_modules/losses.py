@@ -53,7 +53,8 @@ def multi_negative_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor
     if not len(anchors):
         return z.sum() * 0
     negatives = similarity[anchors].masked_fill(same[anchors], float("-inf")).logsumexp(1, keepdim=True)
-    pairs = F.softplus(negatives - similarity[anchors])
+    # The threshold behind which softplus(x) counts as x: far enough for float64, before exp overflows float32.
+    pairs = F.softplus(negatives - similarity[anchors], threshold=50)
     return pairs.where(positive[anchors], 0).sum() / positive.sum()
 
 

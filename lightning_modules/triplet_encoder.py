@@ -50,6 +50,11 @@ class TripletEncoder(Stage):
     def identity(self) -> dict:
         return {**super().identity, "encoder": self.encoder.spec}
 
+    def setup(self, stage: str) -> None:
+        if stage == "predict":
+            raise InputError("a triplet encoder has no classes to predict: fit a probe on it and predict with the probe")
+        super().setup(stage)
+
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)
         self.encoder.mirror.fill_(self.trainer.datamodule.flip if self.mirror is None else self.mirror)
@@ -101,6 +106,3 @@ class TripletEncoder(Stage):
         bank_labels = self.trainer.datamodule.split("train").labels.to(self.device)
         self.knn_accuracy(knn_classify(queries, bank, bank_labels, self.num_classes, self.knn_k), labels)
         self.log(f"{split}/knn_accuracy", self.knn_accuracy)
-
-    def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        raise InputError("a triplet encoder has no classes to predict: fit a probe on it and predict with the probe")

@@ -1,0 +1,67 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from main import main, one_line
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with 300 training and 60 test images of the ten classes; each class has its own brightness."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, count in (("train", 300), ("test", 60)):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 50, (count, 32, 32, 3)) + 20 * labels[:, None, None, None]
+        np.savez(folder / f"cifar10_{name}.npz", images=images.astype(np.uint8), labels=labels)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, tiny):
+    """Calls main(args) on the tiny images for a step, with runs in `tmp_path/runs`; returns the CLI."""
+
+    def call(command, config, *more):
+        return main([command, *arguments(tmp_path, config, *more)])
+
+    return call
+
+
+@pytest.fixture
+def refused(tmp_path, tiny, capsys):
+    """Asserts that a command ends with exit code 2, one line on stderr that has all of `words`, and no new file."""
+
+    def call(command, config, *more, words):
+        def files():
+            return {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
+
+        before = files()
+        capsys.readouterr()
+        code = one_line("main.py", lambda: main([command, *arguments(tmp_path, config, *more)]))
+        lines = capsys.readouterr().err.splitlines()
+        assert code == 2 and len(lines) == 1 and lines[0].startswith("main.py: "), lines
+        for word in words:
+            assert word in lines[0], lines[0]
+        assert files() == before
+
+    return call
+
+
+def arguments(tmp_path, config, *more):
+    data = [f"--data.root={tmp_path / 'data'}", "--data.val_size=50", "--data.batch_size=60"]
+    trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--trainer.logger.save_dir={tmp_path / 'runs'}"]
+    return ["--config", str(CONFIGS / f"{config}.yaml"), *data, *trainer, *more]
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """The folder of the real CIFAR-10 as cifar10_train.npz and cifar10_test.npz."""
+    folder = os.environ.get("CIFAR10_NPZ_DIR")
+    if not folder:
+        pytest.skip("set CIFAR10_NPZ_DIR to a folder with cifar10_train.npz and cifar10_test.npz to run this test")
+    return Path(folder)

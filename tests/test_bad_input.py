@@ -1,0 +1,190 @@
+"""Bad input is refused in one line with exit code 2, and leaves every file as it was; its good twin is accepted."""
+
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+
+from main import main, one_line
+
+
+def spoil(path, **arrays):
+    """Rewrites an .npz with some arrays replaced, None to leave one out."""
+    with np.load(path) as file:
+        kept = {**file, **arrays}
+    np.savez(path, **{k: v for k, v in kept.items() if v is not None})
+
+
+BAD = {
+    "missing images": ({"images": None}, ["no array named 'images'"]),
+    "missing labels": ({"labels": None}, ["no array named 'labels'", "predict only"]),
+    "float images": ({"images": np.zeros((300, 32, 32, 3), np.float32)}, ["float32", "expected uint8"]),
+    "wrong size": ({"images": np.zeros((300, 28, 28, 3), np.uint8)}, ["(300, 28, 28, 3)", "expected (N, 32, 32, 3)"]),
+    "no images": ({"images": np.zeros((0, 32, 32, 3), np.uint8)}, ["N > 0"]),
+    "channel first": ({"images": np.zeros((300, 3, 32, 32), np.uint8)}, ["channel-first", "transpose"]),
+    "label too high": ({"labels": np.r_[np.zeros(299, int), 10]}, ["label 10 of image 299", "0..9"]),
+    "label negative": ({"labels": np.r_[-1, np.ones(299, int)]}, ["label -1 of image 0"]),
+    "float labels": ({"labels": np.zeros(300)}, ["labels are float64", "expected integers"]),
+    "labels of another length": ({"labels": np.arange(299) % 10}, ["(299,)", "expected (300,)"]),
+    "only one class": ({"labels": np.full(300, 3)}, ["only one class"]),
+    "pickled objects": ({"labels": np.array([{}] * 300, dtype=object)}, ["pickled", "never loaded"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arrays(name, tiny, run, refused):
+    arrays, words = BAD[name]
+    path = tiny / "cifar10_train.npz"
+    spoil(path)
+    run("fit", "softmax_regression")  # the good twin, rewritten the same way
+    spoil(path, **arrays)
+    refused("fit", "softmax_regression", words=words if "class" in name else [str(path), *words])
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 0.5, 0.99])
+def test_truncated_archive(keep, tiny, refused):
+    path = tiny / "cifar10_train.npz"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    refused("fit", "softmax_regression", words=[str(path)])
+
+
+def test_a_plain_array_is_no_archive(tiny, refused):
+    with (tiny / "cifar10_train.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    refused("fit", "softmax_regression", words=["expected an .npz archive"])
+
+
+def test_named_file_that_does_not_exist(tiny, refused):
+    refused("fit", "softmax_regression", "--data.train_npz=elsewhere.npz", words=["elsewhere.npz: no such file"])
+
+
+def test_no_data_and_no_network(tmp_path, tiny, refused, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    empty = f"--data.root={tmp_path / 'empty'}"
+    refused("fit", "softmax_regression", empty, words=["Name or service not known", "cifar10_train.npz", "--data.train_npz"])
+    refused("fit", "softmax_regression", empty, "--data.download=false", words=["switched off", "cifar10_train.npz"])
+
+
+def test_unlabelled_test_images_serve_predict_only(tmp_path, tiny, run, refused):
+    run("fit", "softmax_regression")
+    with np.load(tiny / "cifar10_test.npz") as file:
+        np.savez(tmp_path / "test_images.npz", images=file["images"])
+    unlabelled = f"--data.test_npz={tmp_path / 'test_images.npz'}"
+    refused("test", "softmax_regression", unlabelled, "--ckpt_path=best", words=["no labels", "predict only"])
+    run("predict", "softmax_regression", unlabelled, "--ckpt_path=best")
+    assert (tmp_path / "runs/softmax_regression/version_0/predict_0/predictions.csv").read_text().count("\n") == 61
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--data.val_size=300"], ["val_size 300", "300 training images"]),
+        (["--data.val_size=0"], ["val_size 0"]),
+        (["--data.batch_size=251"], ["batch_size 251", "250 training images"]),
+        (["--data.batch_size=0"], ["batch_size 0"]),
+        (["--data.classes=[1,10]"], ["10 is not in the data", "0 airplane"]),
+        (["--data.classes=[1,1]"], ["at least two different classes"]),
+        (["--data.classes=[4]"], ["at least two different classes"]),
+        (["--data.translate=32"], ["translate 32"]),
+        (["--model.lr=0"], ["model.lr 0", "above 0"]),
+        (["--model.lr=fast"], ["lr", "fast"]),
+        (["--model.learning_rate=1"], ["learning_rate"]),
+        (["--trainer.epochs=3"], ["epochs"]),
+        (["--model=NoSuchModel"], ["NoSuchModel"]),
+        (["--model.schedule=cosine"], ["cosine"]),
+        (["--trainer.max_epochs=-1"], ["max_epochs", "max_steps"]),
+        (["--config=nowhere.yaml"], ["nowhere.yaml"]),
+        (["--model=LogisticRegression"], ["LogisticRegression", "--data.classes '[0,1]'"]),
+        (["--ckpt_path=nowhere.ckpt"], ["nowhere.ckpt", "no such file"]),
+        (["--ckpt_path=last"], ["last", "fit first"]),
+    ],
+)
+def test_impossible_options(options, words, refused):
+    refused("fit", "softmax_regression", *options, words=words)
+
+
+def test_a_class_without_images(tiny, refused, run):
+    with np.load(tiny / "cifar10_train.npz") as file:
+        keep = file["labels"] != 3
+        spoil(tiny / "cifar10_train.npz", images=file["images"][keep], labels=file["labels"][keep])
+    run("fit", "softmax_regression", "--data.classes=[2,4]", "--data.batch_size=10")
+    refused("fit", "softmax_regression", "--data.classes=[2,3]", "--data.batch_size=10", words=["no image of class 3"])
+
+
+def test_unknown_key_in_a_config_file(tmp_path, refused):
+    (tmp_path / "typo.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    refused("fit", "softmax_regression", f"--config={tmp_path / 'typo.yaml'}", words=["max_epoch"])
+    (tmp_path / "broken.yaml").write_text("trainer: [\n")
+    refused("fit", "softmax_regression", f"--config={tmp_path / 'broken.yaml'}", words=["a --config file", "line 2"])
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_without_a_checkpoint_nothing_is_evaluated(command, refused):
+    refused(command, "softmax_regression", words=["--ckpt_path best|last|FILE|RUN_FOLDER"])
+    refused(command, "softmax_regression", "--ckpt_path=best", words=["no run with checkpoints"])
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, run, refused):
+    run("fit", "softmax_regression")
+    run("fit", "supervised_encoder", "--model.encoder.init_args.widths=[8,8,8]")
+    softmax = tmp_path / "runs" / "softmax_regression" / "version_0"
+    supervised = tmp_path / "runs" / "supervised_encoder" / "version_0"
+    refused("test", "softmax_regression", f"--ckpt_path={supervised}", words=["SupervisedEncoder", "SoftmaxRegression"])
+    refused("test", "supervised_encoder", f"--ckpt_path={softmax}", words=["SoftmaxRegression", "SupervisedEncoder"])
+    refused("test", "linear_probe", f"--ckpt_path={softmax}", words=["SoftmaxRegression", "LinearProbe"])
+    refused("fit", "supervised_encoder", f"--ckpt_path={softmax}", words=["SoftmaxRegression", "SupervisedEncoder"])
+    # The config file says other widths than the checkpoint: an error, and nobody's widths are silently taken.
+    refused("test", "supervised_encoder", f"--ckpt_path={supervised}", words=["encoder", "[8, 8, 8]", "config.yaml"])
+    two = ["--data.classes=[0,1]", f"--ckpt_path={softmax}"]
+    refused("test", "softmax_regression", *two, words=["class_names"])
+    refused("test", "softmax_regression", f"--ckpt_path={tmp_path / 'data'}", words=["not a run folder"])
+    run("test", "softmax_regression", f"--ckpt_path={softmax}")
+
+
+def test_corrupt_checkpoints(tmp_path, run, refused):
+    run("fit", "softmax_regression")
+    good = tmp_path / "runs" / "softmax_regression" / "version_0" / "checkpoints" / "last.ckpt"
+    path = tmp_path / "bad.ckpt"
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    content = good.read_bytes()
+    for bad in (b"", b"not a checkpoint", content[: len(content) // 2], content[:-1]):
+        path.write_bytes(bad)
+        refused("test", "softmax_regression", f"--ckpt_path={path}", words=[str(path)])
+    for bad in ({"state_dict": Evil()}, [1, 2], {"weights": torch.zeros(1)}):
+        torch.save(bad, path)
+        refused("test", "softmax_regression", f"--ckpt_path={path}", words=[str(path)])
+    assert not (tmp_path / "executed").exists()
+    checkpoint = torch.load(good, weights_only=True)
+    weight = checkpoint["state_dict"].pop("linear.weight")
+    torch.save(checkpoint, path)
+    refused("test", "softmax_regression", f"--ckpt_path={path}", words=["linear.weight", "missing"])
+    checkpoint["state_dict"]["linear.weight"] = weight[:9]
+    torch.save(checkpoint, path)
+    refused("test", "softmax_regression", f"--ckpt_path={path}", words=["linear.weight", "(9, 3072)", "(10, 3072)"])
+    checkpoint["state_dict"]["linear.weight"] = weight
+    torch.save(checkpoint, path)
+    run("test", "softmax_regression", f"--ckpt_path={path}")
+
+
+def test_predict_wants_a_classifier_and_a_folder(tmp_path, run, refused):
+    run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]")
+    options = ["--model.encoder.init_args.widths=[8,8,8]", "--ckpt_path=best"]
+    refused("predict", "triplet_encoder", *options, words=["fit a probe on it"])
+    run("fit", "softmax_regression")
+    folder = tmp_path / "runs" / "softmax_regression" / "version_0"
+    refused("predict", "softmax_regression", f"--ckpt_path={folder}", "--trainer.logger=false", words=["--trainer.logger"])
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(ValueError, match="--ckpt_path"):
+        one_line("main.py", lambda: main(["test", "--model=SoftmaxRegression", "--data=DigitsDataModule"]))

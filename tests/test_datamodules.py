@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import torch
+
+from datamodules import CIFAR10DataModule, DigitsDataModule
+from datamodules.arrays import stratified_split
+from datamodules.loader import BatchLoader
+from errors import InputError
+
+
+def images(count=64, seed=0):
+    return torch.randint(256, (count, 32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def reference(image, mirrored, dx, dy, width):
+    """Crop and flip of one image (32, 32, 3), spelled out with numpy."""
+    padded = np.pad(image.numpy(), ((width, width), (width, width), (0, 0)), mode="reflect")
+    crop = padded[dy : dy + 32, dx : dx + 32]
+    return torch.from_numpy((crop[:, ::-1] if mirrored else crop).copy()).permute(2, 0, 1).float() / 255
+
+
+def test_split_is_stratified_disjoint_and_fixed():
+    labels = torch.arange(1000) % 7
+    rest, held = stratified_split(labels, 105, seed=3)
+    assert sorted(torch.cat([rest, held]).tolist()) == list(range(1000))
+    assert labels[held].bincount().tolist() == [15] * 7
+    assert torch.equal(held, stratified_split(labels, 105, seed=3)[1])
+    assert not torch.equal(held, stratified_split(labels, 105, seed=4)[1])
+
+
+def test_split_of_uneven_classes_has_the_size_asked_for():
+    labels = torch.tensor([0] * 10 + [1] * 11 + [2] * 3)
+    for size in (1, 5, 23):
+        assert len(stratified_split(labels, size, 0)[1]) == size
+
+
+@pytest.mark.parametrize("size", [0, -1, 24, 30])
+def test_split_refuses_sizes_that_do_not_fit(size):
+    with pytest.raises(InputError, match="val_size"):
+        stratified_split(torch.arange(24) % 3, size, 0)
+
+
+def test_evaluation_batches_are_the_images_in_order():
+    data, labels = images(10), torch.arange(10)
+    batches = list(BatchLoader(data, labels, 4))
+    assert [len(x) for x, _ in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat([y for _, y in batches]), labels)
+    assert torch.equal(torch.cat([x for x, _ in batches]), data.permute(0, 3, 1, 2).float() / 255)
+    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_every_augmented_image_is_a_crop_or_mirrored_crop_of_its_own():
+    data = images(64)
+    loader = BatchLoader(data, torch.arange(64), 32, seed=1, flip=True, translate=2)
+    drawn = set()
+    for x, y in loader:
+        for image, label in zip(x, y.tolist()):
+            matches = [
+                (m, dx, dy)
+                for m in (False, True)
+                for dx in range(5)
+                for dy in range(5)
+                if torch.equal(image, reference(data[label], m, dx, dy, 2))
+            ]
+            assert len(matches) == 1
+            drawn.add(matches[0])
+    assert len(drawn) > 25  # of 50 possible ones: drawn per image, not per batch
+
+
+def test_flip_mirrors_half_and_the_other_half_in_the_next_epoch():
+    data = images(400)
+    loader = BatchLoader(data, torch.arange(400), 400, seed=0, flip=True)
+
+    def mirrored(epoch):
+        loader.set_epoch(epoch)
+        ((x, y),) = loader
+        flags = torch.tensor([torch.equal(image, reference(data[i], True, 0, 0, 0)) for image, i in zip(x, y)])
+        return flags[y.argsort()]
+
+    first, second = mirrored(0), mirrored(1)
+    assert 150 < first.sum() < 250
+    assert torch.equal(first, ~second)
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def order(seed, epoch):
+        loader = BatchLoader(images(60), torch.arange(60), 20, seed=seed)
+        loader.set_epoch(epoch)
+        return torch.cat([y for _, y in loader]).tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert sorted(order(0, 0)) == list(range(60))
+    assert len({tuple(order(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_see_together_what_one_would(world_size):
+    options = {"seed": 5, "flip": True, "translate": 2}
+    data, labels = images(50), torch.arange(50)
+    alone = list(BatchLoader(data, labels, 12, **options))
+    ranks = [list(BatchLoader(data, labels, 12, rank=r, world_size=world_size, **options)) for r in range(world_size)]
+    assert len(alone) == 4
+    for batch, *parts in zip(alone, *ranks, strict=True):
+        for whole, pieces in zip(batch, zip(*parts)):
+            assert torch.equal(whole, torch.cat(pieces))
+
+
+def test_processes_evaluate_every_image_once():
+    ranks = [BatchLoader(images(10), torch.arange(10), 3, rank=r, world_size=3) for r in range(3)]
+    assert [y for loader in ranks for _, ys in loader for y in ys.tolist()] == list(range(10))
+    assert all(len(loader) == len(list(loader)) for loader in ranks)
+
+
+def test_digits_sizes_and_range():
+    data = DigitsDataModule()
+    sizes = [len(data.split(s).labels) for s in ("train", "val", "test")]
+    assert sizes == [1077, 360, 360]
+    pixels = data.split("train").images
+    assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (32, 32, 3)
+    assert pixels.max() == 255 and pixels.min() == 0
+    every = torch.cat([data.split(s).images.flatten(1) for s in ("train", "val", "test")])
+    assert len(every.unique(dim=0)) == 1797  # no image twice: the splits are disjoint
+
+
+def test_classes_are_relabelled_and_share_the_split_of_all_ten(tiny):
+    ten = CIFAR10DataModule(root=str(tiny), val_size=50)
+    two = CIFAR10DataModule(root=str(tiny), val_size=50, classes=[3, 1])
+    assert two.class_names == ["cat", "automobile"]
+    for name in ("train", "val", "test"):
+        all_images, labels = ten.split(name)
+        chosen = (labels == 3) | (labels == 1)
+        assert torch.equal(two.split(name).images, all_images[chosen])
+        assert torch.equal(two.split(name).labels, (labels[chosen] == 1).long())
+
+
+def test_test_images_are_not_read_by_fit(tiny, run):
+    (tiny / "cifar10_test.npz").write_bytes(b"no archive")
+    run("fit", "softmax_regression")

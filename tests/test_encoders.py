@@ -1,0 +1,111 @@
+import pytest
+import torch
+
+from datamodules import DigitsDataModule
+from datamodules.loader import BatchLoader
+from errors import InputError
+from lightning_modules.encoders import FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
+from lightning_modules.knn import knn_classify
+
+
+def photos(count=200):
+    """Smooth random images (N, 32, 32, 3) uint8: neighbouring pixels and channels are correlated, as in photographs."""
+    coarse = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    mixed = coarse + coarse.mean(1, keepdim=True)
+    fine = torch.nn.functional.interpolate(mixed, size=32, mode="bilinear")
+    return (fine / 2 * 255).byte().permute(0, 2, 3, 1).contiguous()
+
+
+def test_channel_statistics_equal_those_of_the_floats():
+    images = photos()
+    mean, std = channel_statistics(images)
+    floats = images.double() / 255
+    torch.testing.assert_close(mean.double(), floats.mean((0, 1, 2)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(std.double(), floats.std((0, 1, 2), unbiased=False), rtol=1e-6, atol=0)
+    assert channel_statistics(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))[1].tolist() == [1, 1, 1]
+
+
+def test_whitened_patches_are_uncorrelated_with_unit_variance():
+    images = photos().permute(0, 3, 1, 2).float() / 255
+    mean, std = images.mean((0, 2, 3)).view(3, 1, 1), images.std((0, 2, 3)).view(3, 1, 1)
+    filters = whitening_filters(images, mean, std, eps=1e-9)
+    out = torch.nn.functional.conv2d((images - mean) / std, filters).permute(1, 0, 2, 3).flatten(1).double()
+    torch.testing.assert_close(out @ out.T / out.shape[1], torch.eye(12, dtype=torch.float64), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("images", [DigitsDataModule().split("train").images, torch.full((3, 32, 32, 3), 7, dtype=torch.uint8)])
+def test_grey_and_constant_images_do_not_blow_the_whitening_up(images):
+    encoder = FastEncoder()
+    encoder.initialize(images)
+    assert encoder.whiten.weight.abs().max() <= 1e-2**-0.5 + 1e-4
+    assert encoder.eval()(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "encoder, width", [(FastEncoder(), 128), (FastEncoder([8, 16, 24]), 24), (ReportEncoder(), 32), (ReportEncoder(7), 7)]
+)
+def test_contract_and_rebuilding_from_the_spec(encoder, width):
+    encoder.initialize(photos())
+    encoder.eval()
+    x = torch.rand(4, 3, 32, 32)
+    assert encoder.feature_dim == width and encoder(x).shape == (4, width)
+    again = build_encoder(encoder.spec)
+    again.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(again.eval()(x), encoder(x), rtol=1e-4, atol=1e-4)
+
+
+def test_report_network_has_the_layers_of_the_digest():
+    # conv 3→32 and 32→64 of 3×3, linear 4096→1024→512→z_dim
+    expected = 32 * 28 + 64 * (32 * 9 + 1) + 1024 * 4097 + 512 * 1025 + 32 * 513
+    assert sum(p.numel() for p in ReportEncoder(32).parameters()) == expected
+
+
+def test_fast_encoder_trains_all_but_whitening_and_batchnorm_scales():
+    frozen = {n for n, p in FastEncoder().named_parameters() if not p.requires_grad}
+    assert frozen == {"whiten.weight"} | {f"blocks.{b}.{n}.weight" for b in range(3) for n in (2, 5)}
+
+
+def test_mirror_averaged_features_do_not_change_under_mirroring():
+    encoder = FastEncoder().eval()
+    encoder.initialize(photos())
+    x = torch.rand(4, 3, 32, 32)
+    assert not torch.allclose(encoder.embed(x), encoder.embed(x.flip(-1)), atol=1e-3)
+    encoder.mirror.fill_(True)
+    torch.testing.assert_close(encoder.embed(x), encoder.embed(x.flip(-1)))
+
+
+def test_embed_all_is_embed_of_every_image_in_order():
+    encoder, images = FastEncoder([8, 8, 8]).eval(), photos(21)
+    features = encoder.embed_all(BatchLoader(images, None, 8))
+    assert features.shape == (21, 8)
+    torch.testing.assert_close(features, encoder.embed(images.permute(0, 3, 1, 2).float() / 255), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec", [{"class_path": "os.system", "init_args": {}}, {"class_path": "FastEncoder", "init_args": {"x": 1}}, None]
+)
+def test_specs_of_other_programs_are_refused(spec):
+    with pytest.raises(InputError):
+        build_encoder(spec)
+
+
+@pytest.mark.parametrize("make", [lambda: FastEncoder([1, 2]), lambda: FastEncoder([0, 1, 1]), lambda: ReportEncoder(0)])
+def test_impossible_widths_are_refused(make):
+    with pytest.raises(InputError):
+        make()
+
+
+def test_knn_equals_a_slow_vote():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(n, 6, generator=generator) for n in (50, 20))
+    labels = torch.randint(3, (50,), generator=generator)
+    for query, found in zip(queries, knn_classify(queries, bank, labels, 3, k=7, temperature=0.5).tolist()):
+        s = torch.nn.functional.cosine_similarity(query[None], bank)
+        votes = [0.0] * 3
+        for i in s.argsort(descending=True)[:7].tolist():
+            votes[labels[i]] += float((s[i] / 0.5).exp())
+        assert found == votes.index(max(votes))
+
+
+def test_knn_with_fewer_images_than_neighbours():
+    assert knn_classify(torch.eye(2), torch.eye(2), torch.tensor([1, 0]), 2, k=20).tolist() == [1, 0]

@@ -1,0 +1,133 @@
+"""The hand-over: through the command line, on tiny images."""
+
+import copy
+
+import pytest
+import torch
+
+from callbacks.checkpoints import load_checkpoint
+from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256
+
+SMALL = "--model.encoder.init_args.widths=[8,8,16]"
+PROBES = ("linear_probe", "mlp_probe")
+
+
+@pytest.fixture
+def encoder_run(run, tmp_path):
+    cli = run("fit", "triplet_encoder", SMALL)
+    return cli, tmp_path / "runs" / "triplet_encoder" / "version_0"
+
+
+def head_weights(cli):
+    return {k: v.clone() for k, v in cli.model.state_dict().items() if not k.startswith("encoder.")}
+
+
+@pytest.mark.parametrize("config", PROBES)
+def test_probe_reads_the_trained_encoder_and_leaves_it_alone(encoder_run, run, config):
+    encoder_cli, folder = encoder_run
+    cli = run("fit", config, "--trainer.max_epochs=3")
+    handed, trained = cli.model.encoder.state_dict(), encoder_cli.model.encoder.state_dict()
+    assert all(torch.equal(handed[k], v) for k, v in trained.items()) and handed.keys() == trained.keys()
+    untrained = load_checkpoint(folder / "checkpoints" / "step0.ckpt")["state_dict"]
+    assert not torch.equal(handed["blocks.0.0.weight"], untrained["encoder.blocks.0.0.weight"])
+    assert handed["blocks.0.2.num_batches_tracked"] == 4  # BatchNorm saw the encoder's own fit and nothing else
+    assert not any(p.requires_grad for p in cli.model.encoder.parameters())
+    assert not any(m.training for m in cli.model.encoder.modules())
+    checkpoint = load_checkpoint(cli.trainer.checkpoint_callback.best_model_path)
+    assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
+    optimised = sum(v.numel() for s in checkpoint["optimizer_states"] for p in s["state"].values() for v in [p["exp_avg"]])
+    assert optimised == sum(p.numel() for p in cli.model.head.parameters())
+
+
+@pytest.mark.parametrize("config", PROBES)
+def test_cached_and_recomputed_features_give_the_same_head_bit_for_bit(encoder_run, run, config):
+    cached = head_weights(run("fit", config, "--trainer.max_epochs=4", "--trainer.precision=32-true"))
+    again = run("fit", config, "--trainer.max_epochs=4", "--trainer.precision=32-true", "--frozen_encoder.cache=false")
+    assert again.datamodule.split("train").images.ndim == 4
+    recomputed = head_weights(again)
+    assert cached.keys() == recomputed.keys()
+    assert all(torch.equal(cached[k], recomputed[k]) for k in cached)
+
+
+def test_an_augmenting_probe_trains_on_augmented_images(encoder_run, run):
+    plain = head_weights(run("fit", "linear_probe"))
+    cli = run("fit", "linear_probe", "--data.translate=2")
+    assert cli.datamodule.split("train").images.dtype == torch.uint8
+    assert not torch.equal(plain["head.weight"], head_weights(cli)["head.weight"])
+
+
+def test_probe_checkpoint_needs_no_encoder_file(encoder_run, run, tmp_path):
+    _, folder = encoder_run
+    cli = run("fit", "linear_probe")
+    expected = {k: v.clone() for k, v in cli.model.state_dict().items()}
+    folder.rename(folder.with_name("gone"))
+    tested = run("test", "linear_probe", "--ckpt_path=best")
+    assert all(torch.equal(tested.model.state_dict()[k], v) for k, v in expected.items())
+    images, labels = tested.datamodule.split("test")
+    with torch.no_grad():
+        logits = tested.model.eval()(images.permute(0, 3, 1, 2).float() / 255)
+    accuracy = float((logits.argmax(1) == labels).float().mean())
+    assert float(tested.trainer.callback_metrics["test/accuracy"]) == pytest.approx(accuracy)
+    run("predict", "linear_probe", "--ckpt_path=last")
+
+
+def test_any_encoder_run_can_be_handed_over(run, tmp_path):
+    run("fit", "supervised_encoder", "--model.encoder=ReportEncoder", "--model.encoder.init_args.feature_dim=12")
+    cli = run("fit", "linear_probe", f"--frozen_encoder.run={tmp_path / 'runs' / 'supervised_encoder' / 'version_0'}")
+    assert cli.model.head.in_features == 12
+
+
+def test_a_changed_encoder_is_noticed_at_the_end(encoder_run, run, monkeypatch):
+    from lightning_modules import LinearProbe
+
+    def training_step(self, batch, batch_idx):
+        self.encoder.blocks[0][2].running_mean += 1e-6
+        return super(LinearProbe, self).training_step(batch, batch_idx)
+
+    monkeypatch.setattr(LinearProbe, "training_step", training_step)
+    with pytest.raises(RuntimeError, match="encoder changed"):
+        run("fit", "linear_probe")
+
+
+def test_default_is_the_newest_finished_run(encoder_run, run, tmp_path):
+    _, first = encoder_run
+    run("fit", "triplet_encoder", SMALL, "--seed_everything=1")
+    run("fit", "triplet_encoder", SMALL, "--seed_everything=2")
+    (first.with_name("version_2") / "finished.json").unlink()
+    cli = run("fit", "linear_probe")
+    expected = encoder_from_checkpoint(first.with_name("version_1") / "checkpoints" / "last.ckpt")
+    assert torch.equal(cli.model.encoder.state_dict()["blocks.0.0.weight"], expected.state_dict()["blocks.0.0.weight"])
+
+
+def test_no_encoder_is_refused(refused):
+    refused("fit", "linear_probe", words=["triplet_encoder", "no finished run"])
+
+
+def test_encoders_that_do_not_fit_are_refused(encoder_run, run, refused, tmp_path):
+    _, folder = encoder_run
+    good = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    weight = "encoder.blocks.1.0.weight"
+
+    def tampered(change):
+        checkpoint = copy.deepcopy(good)
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / "tampered.ckpt")
+        return f"--frozen_encoder.run={tmp_path / 'tampered.ckpt'}"
+
+    refused("fit", "linear_probe", tampered(lambda c: c["state_dict"].pop(weight)), words=["Missing key", weight[8:]])
+    narrow = tampered(lambda c: c["state_dict"].update({weight: c["state_dict"][weight][:, 1:]}))
+    refused("fit", "linear_probe", narrow, words=["size mismatch", weight[8:]])
+    extra = tampered(lambda c: c["state_dict"].update({"encoder.extra": torch.zeros(1)}))
+    refused("fit", "linear_probe", extra, words=["Unexpected key", "extra"])
+    other = tampered(lambda c: c["stage"].update(encoder={"class_path": "ReportEncoder", "init_args": {}}))
+    refused("fit", "linear_probe", other, words=["do not fit ReportEncoder"])
+    unknown = tampered(lambda c: c["stage"].update(encoder={"class_path": "subprocess.Popen", "init_args": {}}))
+    refused("fit", "linear_probe", unknown, words=["subprocess.Popen", "is not one of"])
+    run("fit", "linear_probe", tampered(lambda c: None))  # the good twin
+
+    run("fit", "softmax_regression")
+    softmax = tmp_path / "runs" / "softmax_regression" / "version_0"
+    refused("fit", "linear_probe", f"--frozen_encoder.run={softmax}", words=["SoftmaxRegression", "no encoder"])
+    missing = tmp_path / "nothing.ckpt"
+    refused("fit", "linear_probe", f"--frozen_encoder.run={missing}", words=[str(missing), "no such file"])
+    refused("fit", "softmax_regression", f"--frozen_encoder.run={folder}", words=["takes no encoder"])

@@ -1,0 +1,183 @@
+"""The command line as a user calls it: every shipped config through main(args), run folders, files, checkpoints."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from main import main
+
+ROOT = Path(__file__).parent.parent
+ALL = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
+
+
+def shipped(tmp_path, command, config, *more):
+    """A shipped config with only data, step count and the place of runs overridden."""
+    runs = f"--trainer.logger.save_dir={tmp_path / 'runs'}"
+    fixed = ["--config", str(ROOT / "configs" / f"{config}.yaml"), "--data=DigitsDataModule", runs]
+    return main([command, *fixed, *more])
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_shipped_config_fits_and_tests(tmp_path, config):
+    steps = ["--trainer.max_steps=2"]
+    if config.endswith("probe"):
+        shipped(tmp_path, "fit", "triplet_encoder", *steps)
+    shipped(tmp_path, "fit", config, *steps)
+    run = tmp_path / "runs" / config / "version_0"
+    fitted = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    names = {p.name for p in fitted}
+    assert {"config.yaml", "metrics.csv", "curves.png", "finished.json", "last.ckpt", "step0.ckpt"} <= names
+    assert ("tsne.png" in names) == config.endswith("encoder")
+    assert json.loads((run / "finished.json").read_text())["steps"] == 2
+
+    cli = shipped(tmp_path, "test", config, "--ckpt_path=best")
+    assert 0 <= float(cli.trainer.callback_metrics["test/accuracy"]) <= 1
+    assert {p: p.read_bytes() for p in fitted} == fitted  # test overwrites nothing of fit
+    assert {p.name for p in (run / "test_0").iterdir()} >= {"config.yaml"}
+
+
+def test_all_six_stages_have_a_config():
+    stages = {"logistic_regression", "softmax_regression", "triplet_encoder", "supervised_encoder", "linear_probe", "mlp_probe"}
+    assert set(ALL) == stages
+
+
+def test_metrics_curves_and_events(tmp_path, run):
+    cli = run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]", "--trainer.max_epochs=3")
+    folder = tmp_path / "runs" / "triplet_encoder" / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["step"], r["epoch"]) for r in rows] == [("4", "1"), ("8", "2"), ("12", "3")]
+    final = {k: float(v) for k, v in rows[-1].items()}
+    for key in ("train/loss", "train/accuracy", "val/loss", "val/accuracy"):
+        assert final[key] == pytest.approx(float(cli.trainer.callback_metrics[key]))
+    events = EventAccumulator(str(folder)).Reload().Tags()
+    assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= set(events["scalars"])
+    assert set(events["images"]) == {"curves", "tsne"}
+
+
+def test_a_second_run_gets_the_next_folder(tmp_path, run):
+    run("fit", "softmax_regression")
+    first = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    run("fit", "softmax_regression")
+    assert {p: p.read_bytes() for p in first} == first
+    assert {p.name for p in (tmp_path / "runs" / "softmax_regression").iterdir()} == {"version_0", "version_1"}
+
+
+def test_checkpoints_by_name_file_and_folder(tmp_path, run):
+    run("fit", "softmax_regression", "--trainer.max_epochs=4", "--model.lr=0.01")
+    folder = tmp_path / "runs" / "softmax_regression" / "version_0"
+    best = next(p for p in (folder / "checkpoints").glob("epoch*"))
+    last = folder / "checkpoints" / "last.ckpt"
+
+    def tested(path):
+        return run("test", "softmax_regression", f"--ckpt_path={path}").model.linear.weight
+
+    def stored(path):
+        return torch.load(path, weights_only=True)["state_dict"]["linear.weight"]
+
+    for name, file in (("best", best), ("last", last), (folder, best), (best, best), (last, last)):
+        assert torch.equal(tested(name), stored(file))
+    assert sorted(p.name for p in folder.glob("test_*")) == [f"test_{k}" for k in range(5)]
+
+
+def test_best_is_chosen_by_validation_accuracy(tmp_path, run):
+    cli = run("fit", "softmax_regression", "--trainer.max_epochs=6", "--model.lr=3", "--model.schedule=constant")
+    with (tmp_path / "runs/softmax_regression/version_0/metrics.csv").open() as file:
+        accuracies = {int(r["step"]): float(r["val/accuracy"]) for r in csv.DictReader(file)}
+    step = int(Path(cli.trainer.checkpoint_callback.best_model_path).stem.split("step=")[1])
+    assert accuracies[step] == max(accuracies.values())
+
+
+def test_fit_goes_on_in_its_own_folder_and_ends_as_if_never_stopped(tmp_path, run):
+    options = ["--model.encoder.init_args.widths=[8,8,8]", "--model.schedule=constant"]
+    whole = run("fit", "triplet_encoder", *options, "--trainer.max_epochs=4")
+    run("fit", "triplet_encoder", *options, "--trainer.max_epochs=2")
+    resumed = run("fit", "triplet_encoder", *options, "--trainer.max_epochs=4", "--ckpt_path=last")
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[key], value), key
+    folder = tmp_path / "runs" / "triplet_encoder"
+    assert {p.name for p in folder.iterdir()} == {"version_0", "version_1"}
+    assert {"config.yaml", "config_1.yaml"} <= {p.name for p in (folder / "version_1").iterdir()}
+    assert (folder / "version_0/metrics.csv").read_text() == (folder / "version_1/metrics.csv").read_text()
+
+
+def test_saved_config_repeats_the_run(tmp_path, run):
+    first = run("fit", "softmax_regression", "--model.lr=0.037", "--seed_everything=5")
+    config = tmp_path / "runs" / "softmax_regression" / "version_0" / "config.yaml"
+    again = main(["fit", "--config", str(config)])
+    assert again.model.lr == 0.037
+    assert torch.equal(first.model.linear.weight, again.model.linear.weight)
+    tested = main(["test", "--config", str(config), "--ckpt_path=last"])
+    assert torch.equal(tested.model.linear.weight, again.model.linear.weight)
+
+
+def test_command_line_wins_over_the_checkpoint(tmp_path, run):
+    run("fit", "softmax_regression", "--model.lr=0.5")
+    assert run("test", "softmax_regression", "--model.lr=0.25", "--ckpt_path=best").model.lr == 0.25
+
+
+def test_predictions(tmp_path, run):
+    run("fit", "softmax_regression", "--trainer.max_epochs=5")
+    cli = run("predict", "softmax_regression", "--ckpt_path=best")
+    folder = tmp_path / "runs" / "softmax_regression" / "version_0"
+    with (folder / "predict_0" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    with torch.no_grad():
+        images = cli.datamodule.split("test").images.permute(0, 3, 1, 2).float() / 255
+        probabilities, labels = cli.model(images).softmax(1).max(1)
+    assert [int(r["index"]) for r in rows] == list(range(60))
+    assert [int(r["label"]) for r in rows] == labels.tolist()
+    assert [r["class_name"] for r in rows] == [cli.datamodule.class_names[c] for c in labels]
+    assert [float(r["probability"]) for r in rows] == pytest.approx(probabilities.tolist(), abs=2e-6)
+    config = yaml.safe_load((ROOT / "configs" / "softmax_regression.yaml").read_text())
+    writer = next(c for c in config["trainer"]["callbacks"] if c["class_path"] == "PredictionWriter")
+    writer["init_args"] = {"labels_only": True}
+    (tmp_path / "report.yaml").write_text(yaml.safe_dump(config))
+    run("predict", "softmax_regression", f"--config={tmp_path / 'report.yaml'}", "--ckpt_path=best",
+        f"--data.root={tmp_path / 'data'}", f"--trainer.logger.save_dir={tmp_path / 'runs'}")  # fmt: skip
+    assert (folder / "predict_1" / "predictions.csv").read_text().split() == [str(c) for c in labels.tolist()]
+
+
+def test_stages_log_what_validate_says(tmp_path, run):
+    fitted = run("fit", "softmax_regression")
+    validated = run("validate", "softmax_regression", "--ckpt_path=last")
+    for key in ("val/loss", "val/accuracy"):
+        assert float(fitted.trainer.callback_metrics[key]) == pytest.approx(float(validated.trainer.callback_metrics[key]))
+
+
+def test_two_processes_are_started_by_main(tmp_path, tiny):
+    """Real gloo processes: global batches, sample order and normalisation are those of one process."""
+    options = [
+        "--config", str(ROOT / "configs" / "softmax_regression.yaml"), f"--data.root={tiny}", "--data.val_size=50",
+        "--data.batch_size=60", "--trainer.max_epochs=2", "--trainer.accelerator=cpu",
+    ]  # fmt: skip
+    weights = []
+    for devices in (1, 2):
+        runs = tmp_path / f"runs{devices}"
+        command = [sys.executable, "main.py", "fit", *options, f"--trainer.logger.save_dir={runs}"]
+        done = subprocess.run([*command, f"--trainer.devices={devices}"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        last = runs / "softmax_regression" / "version_0" / "checkpoints" / "last.ckpt"
+        weights.append(torch.load(last, weights_only=True)["state_dict"]["linear.weight"])
+        assert len(list((runs / "softmax_regression").iterdir())) == 1
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_version_and_closing_line(tmp_path, tiny):
+    done = subprocess.run([sys.executable, "main.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
+
+
+def test_bad_input_through_the_real_command(tmp_path):
+    command = [sys.executable, str(ROOT / "main.py"), "test", "--config", str(ROOT / "configs" / "softmax_regression.yaml")]
+    done = subprocess.run([*command, "--ckpt_path", "nowhere.ckpt"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr == "main.py: checkpoint nowhere.ckpt: no such file or run folder\n"
+    assert not list(tmp_path.iterdir())
