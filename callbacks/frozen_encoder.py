@@ -40,8 +40,9 @@ class FrozenEncoder(Callback):
         self.sha256 = encoder_sha256(encoder)
         if self.cache and not trainer.datamodule.augments:
             with trainer.precision_plugin.forward_context():
-                features = {s: encoder.embed_all(trainer.datamodule.evaluation_loader(s)) for s in ("train", "val")}
-            trainer.datamodule.replace_images(features)
+                loaders = [trainer.datamodule.evaluation_loader(split) for split in ("train", "val")]
+                features = encoder.embed_all(loaders[0], single_view=True), encoder.embed_all(loaders[1])
+            trainer.datamodule.replace_images(dict(zip(("train", "val"), features)))
         pl_module.encoder = encoder
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

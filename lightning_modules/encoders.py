@@ -13,7 +13,7 @@ class Encoder(nn.Module):
     A subclass sets `feature_dim`, implements `features(normalised_images)`, and passes its own arguments on as
     `init_args`, from which a checkpoint's reader builds it again. The channel statistics are buffers, so they travel
     with the weights; `initialize` fills them before training. So does `mirror`, which says whether `embed` averages
-    the features of an image and of its mirror image.
+    the features of an image and of its mirror image: for evaluation, since it costs a second pass.
     """
 
     feature_dim: int
@@ -44,19 +44,22 @@ class Encoder(nn.Module):
         return self.features((images - self.mean) / self.std)
 
     def embed(self, images: Tensor) -> Tensor:
-        """What probes, kNN and pictures read: features (B, `feature_dim`) float32, mirror-averaged if `mirror`."""
+        """What kNN, pictures and a probe's evaluation read: (B, `feature_dim`) float32, mirror-averaged if `mirror`."""
         features = self(images).float()
         return (features + self(images.flip(-1)).float()) / 2 if self.mirror else features
 
     @torch.no_grad()
-    def embed_all(self, loader) -> Tensor:
-        """`embed` over a whole loader: (N, `feature_dim`). Every block has the loader's `batch_size` images, the last
-        one filled up, since the CPU kernels' rounding may depend on the batch size."""
+    def embed_all(self, loader, single_view: bool = False) -> Tensor:
+        """`embed` over a whole loader, or the features of the images alone: (N, `feature_dim`) float32.
+
+        Every block has the loader's `batch_size` images, the last one filled up, since the rounding of the CPU's
+        kernels may depend on the batch size."""
         blocks = []
         for images, *_ in loader:
             missing = loader.batch_size - len(images)
             filled = torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing else images
-            blocks.append(self.embed(filled)[: len(images)])
+            features = self(filled).float() if single_view else self.embed(filled)
+            blocks.append(features[: len(images)])
         return torch.cat(blocks)
 
 
