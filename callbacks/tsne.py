@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
 from sklearn.manifold import TSNE as SklearnTSNE
 
 from errors import InputError
@@ -37,6 +38,9 @@ class TSNE(Callback):
         with trainer.precision_plugin.forward_context():
             features = pl_module.encoder.embed_all(trainer.datamodule.evaluation_loader("train", index)).cpu().numpy()
         pl_module.encoder.train(was_training)
+        if not features.std(0).max() > 0:  # NaN too; scikit-learn's tree does not survive either
+            rank_zero_warn("tsne.png is not drawn: the encoder gives every image the same features, or none that are finite")
+            return
         perplexity = min(self.perplexity, (len(index) - 1) / 3)
         points = SklearnTSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
 

@@ -93,8 +93,8 @@ class FastEncoder(Encoder):
 
     Args:
         widths: output channels of the three blocks.
-        whitening_eps: added to the variance of each patch direction (images in units of standard deviations). Grey
-            or few images have directions of no variance at all, which whitening would blow up to noise.
+        whitening_eps: added to the variance of each patch direction (images in units of standard deviations), so that
+            whitening does not blow up directions that hardly vary.
     """
 
     def __init__(self, widths: list[int] = [32, 128, 128], whitening_eps: float = 1e-2) -> None:
@@ -148,12 +148,16 @@ def whitening_filters(images: Tensor, mean: Tensor, std: Tensor, eps: float) -> 
     """Filters (12, 3, 2, 2) whose responses to normalised patches are uncorrelated with variance v / (v + eps) ≤ 1.
 
     `images` (N, 3, 32, 32) in [0, 1]; `mean` and `std` (3, 1, 1); v is a direction's variance. Sorted by falling v.
+    Grey or few images do not vary at all in some directions; the filters of those that vary take their places in turn.
     """
     patches = ((images - mean) / std).unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).reshape(-1, 12)
     covariance = patches.double().T @ patches.double() / len(patches)
     variance, directions = torch.linalg.eigh(covariance.cpu())
-    filters = directions / (variance.clamp_min(0) + eps).sqrt()
-    return filters.T.flip(0).reshape(12, 3, 2, 2).float().to(images.device)
+    filters = (directions / (variance.clamp_min(0) + eps).sqrt()).T.flip(0)
+    # A channel without variance would reach every BatchNorm through the partial identities, and each would multiply
+    # its gradient by 1/√eps ≈ 316: in bfloat16, rounding errors then grow until the weights explode.
+    alive = int((variance > 1e-6 * variance.max()).sum()) or 12
+    return filters[torch.arange(12) % alive].reshape(12, 3, 2, 2).float().to(images.device)
 
 
 def build_encoder(spec: dict) -> Encoder:

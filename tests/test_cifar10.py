@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from conftest import CONFIGS
 from pytorch_lightning import Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 
 from datamodules import CIFAR10DataModule
 from lightning_modules.encoders import channel_statistics
 from main import main
-from tests.conftest import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from datamodules.loader import BatchLoader
 from errors import InputError
 from lightning_modules.encoders import FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
 from lightning_modules.knn import knn_classify
+from lightning_modules.losses import multi_negative_loss
 
 
 def photos(count=200):
@@ -39,6 +40,22 @@ def test_grey_and_constant_images_do_not_blow_the_whitening_up(images):
     encoder.initialize(images)
     assert encoder.whiten.weight.abs().max() <= 1e-2**-0.5 + 1e-4
     assert encoder.eval()(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
+def test_grey_images_have_the_same_gradients_in_bfloat16():
+    """Channels that never vary would reach each BatchNorm, which multiplies their rounding errors by 1/√eps."""
+    data = DigitsDataModule().split("train")
+    torch.manual_seed(0)
+    encoder = FastEncoder()
+    encoder.initialize(data.images)
+    images, norms = data.images[:128].permute(0, 3, 1, 2).float() / 255, []
+    for enabled in (False, True):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            features = encoder(images)
+        multi_negative_loss(features.float(), data.labels[:128], 0.1).backward()
+        norms.append(torch.stack([p.grad.norm() for p in encoder.parameters() if p.requires_grad]).norm())
+    assert 0.5 < norms[1] / norms[0] < 2, norms
 
 
 @pytest.mark.parametrize(
