@@ -37,7 +37,7 @@ DIGITS = {
     "triplet_encoder": ["--data.batch_size=128"],
     "linear_probe": ["--data.batch_size=128"],
     "mlp_probe": ["--data.batch_size=128"],
-    "supervised_encoder": ["--data.batch_size=128"],
+    "supervised_encoder": ["--data.batch_size=128", "--model.lr=0.2"],
 }
 
 
