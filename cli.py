@@ -29,6 +29,7 @@ for message in (
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run writes on in its folder
     r".*smaller than the logging interval",  # epochs are logged all the same
     r".*args parameter is intended to run from within Python",  # reproduce.py does
+    ".*is not supported by the model summary",  # bf16: the size of the weights in MB is that of float32, as it is
     r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
 ):
     warnings.filterwarnings("ignore", message)

@@ -27,16 +27,18 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
         raise InputError(f"{path}: no such file; give an .npz with images (N, 32, 32, 3) uint8 and labels (N,)")
     arrays = {}
     try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
-        with archive as file:
-            for name in ("images", "labels"):
-                if name in file:
-                    arrays[name] = file[name]
-                elif name == "images" or labels_required:
-                    hint = "; a file without labels serves predict only" if name == "labels" else ""
-                    raise InputError(f"{path}: no array named '{name}' (found: {', '.join(file) or 'nothing'}){hint}")
+        # Opened here, since np.load leaves a file that it cannot read open.
+        with path.open("rb") as raw:
+            archive = np.load(raw, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
+            with archive as file:
+                for name in ("images", "labels"):
+                    if name in file:
+                        arrays[name] = file[name]
+                    elif name == "images" or labels_required:
+                        hint = "; a file without labels serves predict only" if name == "labels" else ""
+                        raise InputError(f"{path}: no array named '{name}' (found: {', '.join(file) or 'nothing'}){hint}")
     except InputError:
         raise
     except ValueError as error:
