@@ -110,7 +110,7 @@ class FastEncoder(Encoder):
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
         self.blocks = nn.Sequential(*map(_block, [24, *widths[:-1]], widths))
-        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.gelu, self.pool = GELU(), nn.AdaptiveMaxPool2d(1)
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -120,7 +120,20 @@ class FastEncoder(Encoder):
         self.whiten.weight.copy_(torch.cat([weight, -weight]))
 
     def features(self, images: Tensor) -> Tensor:
-        return self.pool(self.blocks(F.gelu(self.whiten(images)))).flatten(1)
+        return self.pool(self.blocks(self.gelu(self.whiten(images)))).flatten(1)
+
+
+class GELU(nn.Module):
+    """x Φ(x); in evaluation in float32, the same bits for the same x wherever it lies in the tensor.
+
+    On CPUs `F.gelu` computes the elements left over at the end of each thread's share by other instructions than the
+    rest, so that an image's features would depend on its place in the batch. `torch.erf` does not.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or x.dtype != torch.float32:
+            return F.gelu(x)
+        return (torch.erf(x * 0.5**0.5).add_(1) * x).mul_(0.5)
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -130,7 +143,7 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
     norms = nn.BatchNorm2d(outputs, momentum=0.4), nn.BatchNorm2d(outputs, momentum=0.4)
     for norm in norms:
         norm.weight.requires_grad_(False)
-    return nn.Sequential(convs[0], nn.MaxPool2d(2), norms[0], nn.GELU(), convs[1], norms[1], nn.GELU())
+    return nn.Sequential(convs[0], nn.MaxPool2d(2), norms[0], GELU(), convs[1], norms[1], GELU())
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

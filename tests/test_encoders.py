@@ -126,3 +126,11 @@ def test_knn_equals_a_slow_vote():
 
 def test_knn_with_fewer_images_than_neighbours():
     assert knn_classify(torch.eye(2), torch.eye(2), torch.tensor([1, 0]), 2, k=20).tolist() == [1, 0]
+
+
+def test_features_do_not_depend_on_the_place_in_the_batch_in_float32():
+    images = torch.rand(301, 3, 32, 32).to(memory_format=torch.channels_last)  # odd: threads get uneven shares
+    encoder = FastEncoder(widths=[4, 8, 8]).eval().to(memory_format=torch.channels_last)
+    order = torch.randperm(301)
+    with torch.no_grad():
+        assert torch.equal(encoder(images)[order], encoder(images[order]))
