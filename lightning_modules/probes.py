@@ -16,8 +16,8 @@ class OnFrozenEncoder:
 
     `encoder` is None until FrozenEncoder sets it (fit) or the probe's own checkpoint brings it (test, predict). Inputs
     are images (B, 3, 32, 32) in [0, 1], or features (B, D) where they were computed beforehand. The head trains on the
-    features of single views and is evaluated on `Encoder.embed`, mirror-averaged where the encoder says so: as good as
-    training on averages too (0.850 both ways, against 0.838 without averages), at half the passes.
+    features of single views and is evaluated on `Encoder.embed`, mirror-averaged where the encoder says so: training on
+    averages too would cost a second pass over the training images.
     """
 
     encoder: Encoder | None
