@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 import datamodules  # noqa: F401  (short class names on the command line)
@@ -55,6 +56,8 @@ class CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFiles,
+            # ModelCheckpoint's save_last writes only when the monitored one was better, so that `last` would be the best.
+            trainer_defaults={"callbacks": [ModelCheckpoint(filename="last", enable_version_counter=False)]},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=OneLineParser,

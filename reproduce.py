@@ -28,6 +28,7 @@ REPORT = {
     "triplet_encoder_knn": None,
     "triplet_encoder_linear_probe": 0.8315,
     "triplet_encoder_mlp_probe": 0.875,
+    "fine_tuned_encoder": None,
     "supervised_encoder": None,
 }
 # 1,077 digits are two batches of 512, so that batches shrink and epochs grow in number.
@@ -37,6 +38,7 @@ DIGITS = {
     "triplet_encoder": ["--data.batch_size=128"],
     "linear_probe": ["--data.batch_size=128"],
     "mlp_probe": ["--data.batch_size=128"],
+    "fine_tune": ["--data.batch_size=128"],
     "supervised_encoder": ["--data.batch_size=128", "--model.lr=0.2"],
 }
 
@@ -57,6 +59,7 @@ class Ladder:
             "random_encoder_linear_probe": lambda: self._probe("linear_probe", "random_encoder", "step0.ckpt"),
             "triplet_encoder_linear_probe": lambda: self._probe("linear_probe", "linear_probe"),
             "triplet_encoder_mlp_probe": lambda: self._probe("mlp_probe", "mlp_probe"),
+            "fine_tuned_encoder": lambda: self._probe("fine_tune", "fine_tune"),
             "supervised_encoder": lambda: self._classifier("supervised_encoder"),
         }.items():
             if stage in rows:

@@ -1,8 +1,19 @@
 from callbacks.curves import Curves
 from callbacks.frozen_encoder import FrozenEncoder
+from callbacks.mining_monitor import MiningMonitor
 from callbacks.predictions import PredictionWriter
+from callbacks.retrieval_monitor import RetrievalMonitor
 from callbacks.run_files import RunFiles
 from callbacks.run_logger import RunLogger
 from callbacks.tsne import TSNE
 
-__all__ = ["Curves", "FrozenEncoder", "PredictionWriter", "RunFiles", "RunLogger", "TSNE"]
+__all__ = [
+    "Curves",
+    "FrozenEncoder",
+    "MiningMonitor",
+    "PredictionWriter",
+    "RetrievalMonitor",
+    "RunFiles",
+    "RunLogger",
+    "TSNE",
+]

@@ -52,7 +52,8 @@ def _in_run(run: Path, which: str) -> Path:
     if which == "last":
         return last
     states = load_checkpoint(last).get("callbacks", {})
-    best = next((s["best_model_path"] for key, s in states.items() if key.startswith("ModelCheckpoint")), "")
+    monitors = [s for key, s in states.items() if key.startswith("ModelCheckpoint") and s["monitor"] is not None]
+    best = monitors[0]["best_model_path"] if monitors else ""
     path = last.with_name(Path(best).name) if best else last
     if not path.is_file():
         raise InputError(f"{path}: the best checkpoint of this run is gone; name another file")

@@ -18,15 +18,32 @@ class FrozenEncoder(Callback):
     the training and validation images are computed once and put in their place, unless the data is augmented. The
     encoder is checked to be unchanged when the fit ends; its SHA-256 is in every checkpoint of the probe.
 
+    With `unfreeze_at_epoch` the encoder stays as handed over until that epoch and is then trained on with the head: the
+    fine-tuning of the assignment's network B. Both digests are then in the checkpoint, that of the encoder handed over
+    and that of the trained one (`trained_encoder_sha256`).
+
     Args:
         run: checkpoint file or run folder of an encoder (of a folder, the best checkpoint by validation); null: the
             newest finished run in `<save_dir>/triplet_encoder`.
         cache: compute features once; false: in every step, with bit-identical results in float32.
+        unfreeze_at_epoch: train the encoder too from this epoch on (the first is 0); null: never.
+        encoder_lr: its learning rate, which follows the schedule of the head's; null: a tenth of the head's.
     """
 
-    def __init__(self, run: str | None = None, cache: bool = True) -> None:
-        self.run, self.cache = run, cache
+    def __init__(
+        self,
+        run: str | None = None,
+        cache: bool = True,
+        unfreeze_at_epoch: int | None = None,
+        encoder_lr: float | None = None,
+    ) -> None:
+        if unfreeze_at_epoch is not None and unfreeze_at_epoch < 0:
+            raise InputError(f"frozen_encoder.unfreeze_at_epoch {unfreeze_at_epoch}: must be 0 or more, or null for never")
+        if encoder_lr is not None and (unfreeze_at_epoch is None or not encoder_lr > 0):
+            raise InputError(f"frozen_encoder.encoder_lr {encoder_lr}: must be above 0, and needs unfreeze_at_epoch")
+        self.run, self.cache, self.unfreeze_at_epoch, self.encoder_lr = run, cache, unfreeze_at_epoch, encoder_lr
         self.sha256: str | None = None
+        self._was_released = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         takes_encoder = "encoder" in vars(pl_module) and pl_module.encoder is None
@@ -36,24 +53,58 @@ class FrozenEncoder(Callback):
             return
         runs = Path(trainer.logger.save_dir if trainer.logger else "runs")
         path = resolve_checkpoint(self.run or str(newest_finished(runs / "triplet_encoder")), runs / "triplet_encoder")
-        encoder = encoder_from_checkpoint(path).requires_grad_(False).eval().to(trainer.strategy.root_device)
+        encoder = encoder_from_checkpoint(path).eval().to(trainer.strategy.root_device)
         self.sha256 = encoder_sha256(encoder)
-        if self.cache and not trainer.datamodule.augments:
+        if self.unfreeze_at_epoch is not None:
+            self._prepare_release(trainer, pl_module)
+        else:
+            encoder.requires_grad_(False)
+        if self.cache and self.unfreeze_at_epoch is None and not trainer.datamodule.augments:
             with trainer.precision_plugin.forward_context():
                 loaders = [trainer.datamodule.evaluation_loader(split) for split in ("train", "val")]
                 features = encoder.embed_all(loaders[0], single_view=True), encoder.embed_all(loaders[1])
             trainer.datamodule.replace_images(dict(zip(("train", "val"), features)))
         pl_module.encoder = encoder
 
+    def _prepare_release(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The optimiser knows the encoder's weights from the start (so that a resumed run finds the same groups), but
+        # no gradient reaches them before the release, and it leaves weights without a gradient alone.
+        if 0 <= (trainer.max_epochs or -1) <= self.unfreeze_at_epoch:
+            raise InputError(
+                f"frozen_encoder.unfreeze_at_epoch {self.unfreeze_at_epoch}: the fit has only {trainer.max_epochs} epochs"
+            )
+        if trainer.world_size > 1 and not trainer.strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise InputError(
+                "frozen_encoder.unfreeze_at_epoch on several processes needs --trainer.strategy"
+                " ddp_find_unused_parameters_true, since the encoder has no gradient at first"
+            )
+        pl_module.encoder_lr = pl_module.lr / 10 if self.encoder_lr is None else self.encoder_lr
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        # Not at the epoch's start, which a run resumed in the middle of one does not pass.
+        if self.unfreeze_at_epoch is None or pl_module.released or trainer.current_epoch < self.unfreeze_at_epoch:
+            return
+        if not self._was_released:
+            self._assert_unchanged(pl_module)
+        pl_module.released = True
+        pl_module.encoder.train()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.sha256 is not None and encoder_sha256(pl_module.encoder) != self.sha256:
+        if self.sha256 is not None and not pl_module.released:
+            self._assert_unchanged(pl_module)
+
+    def _assert_unchanged(self, pl_module: LightningModule) -> None:
+        if encoder_sha256(pl_module.encoder) != self.sha256:
             raise RuntimeError("the frozen encoder changed while the probe was fitted; do not use this probe")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         if self.sha256 is not None:
             checkpoint["encoder_sha256"] = self.sha256
+            if pl_module.released:
+                checkpoint["trained_encoder_sha256"] = encoder_sha256(pl_module.encoder)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        self._was_released = "trained_encoder_sha256" in checkpoint
         if self.sha256 is not None and checkpoint.get("encoder_sha256") != self.sha256:
             raise InputError(
                 "this probe was fitted on another encoder than the one handed over now; give the same --frozen_encoder.run"

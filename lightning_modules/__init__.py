@@ -1,19 +1,38 @@
+from lightning_modules.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
 from lightning_modules.encoders import FastEncoder, ReportEncoder
-from lightning_modules.losses import MultiNegativeLoss, RandomTripletMarginLoss
+from lightning_modules.losses import (
+    BatchLoss,
+    LMNNLoss,
+    MultiNegativeLoss,
+    PairwiseContrastiveLoss,
+    SoftMarginTripletLoss,
+    SupConLoss,
+    TripletMarginLoss,
+)
 from lightning_modules.probes import LinearProbe, MLPProbe
 from lightning_modules.regression import LogisticRegression, SoftmaxRegression
 from lightning_modules.supervised_encoder import SupervisedEncoder
+from lightning_modules.torchvision_encoder import TorchvisionEncoder
 from lightning_modules.triplet_encoder import TripletEncoder
 
 __all__ = [
+    "BatchLoss",
+    "CosineDistance",
+    "EuclideanDistance",
     "FastEncoder",
+    "LMNNLoss",
     "LinearProbe",
     "LogisticRegression",
     "MLPProbe",
+    "MahalanobisDistance",
     "MultiNegativeLoss",
-    "RandomTripletMarginLoss",
+    "PairwiseContrastiveLoss",
     "ReportEncoder",
+    "SoftMarginTripletLoss",
     "SoftmaxRegression",
+    "SupConLoss",
     "SupervisedEncoder",
+    "TorchvisionEncoder",
     "TripletEncoder",
+    "TripletMarginLoss",
 ]

@@ -95,10 +95,14 @@ class FastEncoder(Encoder):
         widths: output channels of the three blocks.
         whitening_eps: added to the variance of each patch direction (images in units of standard deviations), so that
             whitening does not blow up directions that hardly vary.
+        residual: a third conv-BN in every block, the last two bridged by a shortcut before the last GELU (airbench96,
+            section 4 of the same paper).
     """
 
-    def __init__(self, widths: list[int] = [32, 128, 128], whitening_eps: float = 1e-2) -> None:
-        super().__init__(widths=list(widths), whitening_eps=whitening_eps)
+    def __init__(
+        self, widths: list[int] = [32, 128, 128], whitening_eps: float = 1e-2, residual: bool = False
+    ) -> None:
+        super().__init__(widths=list(widths), whitening_eps=whitening_eps, residual=residual)
         if len(widths) != 3:
             raise InputError(f"FastEncoder widths {widths}: give the widths of three blocks, e.g. [32, 128, 128]")
         for width in widths:
@@ -109,7 +113,8 @@ class FastEncoder(Encoder):
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
-        self.blocks = nn.Sequential(*map(_block, [24, *widths[:-1]], widths))
+        block = _residual_block if residual else _block
+        self.blocks = nn.Sequential(*map(block, [24, *widths[:-1]], widths))
         self.gelu, self.pool = GELU(), nn.AdaptiveMaxPool2d(1)
 
     @torch.no_grad()
@@ -136,14 +141,37 @@ class GELU(nn.Module):
         return (torch.erf(x * 0.5**0.5).add_(1) * x).mul_(0.5)
 
 
+class Shortcut(nn.Module):
+    """x + layers(x)."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
 def _block(inputs: int, outputs: int) -> nn.Sequential:
-    convs = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-    for conv in convs:
-        nn.init.dirac_(conv.weight[: conv.in_channels].data)
-    norms = nn.BatchNorm2d(outputs, momentum=0.4), nn.BatchNorm2d(outputs, momentum=0.4)
-    for norm in norms:
-        norm.weight.requires_grad_(False)
-    return nn.Sequential(convs[0], nn.MaxPool2d(2), norms[0], GELU(), convs[1], norms[1], GELU())
+    first, second = _conv(inputs, outputs), _conv(outputs, outputs)
+    return nn.Sequential(first, nn.MaxPool2d(2), _norm(outputs), GELU(), second, _norm(outputs), GELU())
+
+
+def _residual_block(inputs: int, outputs: int) -> nn.Sequential:
+    bridged = _conv(outputs, outputs), _norm(outputs), GELU(), _conv(outputs, outputs), _norm(outputs)
+    return nn.Sequential(_conv(inputs, outputs), nn.MaxPool2d(2), _norm(outputs), GELU(), Shortcut(*bridged), GELU())
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    nn.init.dirac_(conv.weight[:inputs].data)
+    return conv
+
+
+def _norm(width: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(width, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,14 @@ class OnFrozenEncoder:
     are images (B, 3, 32, 32) in [0, 1], or features (B, D) where they were computed beforehand. The head trains on the
     features of single views and is evaluated on `Encoder.embed`, mirror-averaged where the encoder says so: training on
     averages too would cost a second pass over the training images.
+
+    FrozenEncoder may release the encoder in the middle of a fit: with `encoder_lr` set before the optimiser is made, and
+    `released` from then on, it is trained with the head.
     """
 
-    encoder: Encoder | None
+    encoder: Encoder | None  # no default here: a class attribute would hide the submodule
+    encoder_lr: float | None = None
+    released = False
 
     def build_head(self, feature_dim: int) -> nn.Module:
         raise NotImplementedError
@@ -53,14 +58,23 @@ class OnFrozenEncoder:
 
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.encoder is not None:
+        if self.encoder is not None and not self.released:
             self.encoder.eval()  # BatchNorm keeps its statistics
         return self
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [*self.head.parameters(), *(_trainable(self.encoder) if self.released else [])]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = super().parameter_groups()
+        if self.encoder_lr is not None:
+            groups.append({"params": _trainable(self.encoder), "weight_decay": 0.0, "lr": self.encoder_lr})
+        return groups
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.encoder is None:
             raise InputError(f"{type(self).__name__} has no encoder: give --ckpt_path, or fit it with FrozenEncoder")
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.released):
             if inputs.ndim == 2:
                 features = inputs
             else:
@@ -70,6 +84,10 @@ class OnFrozenEncoder:
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output, labels)
+
+
+def _trainable(encoder: Encoder) -> list[nn.Parameter]:
+    return [p for p in encoder.parameters() if p.requires_grad]
 
 
 class LinearProbe(OnFrozenEncoder, Stage):

@@ -116,11 +116,15 @@ class Stage(LightningModule):
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        groups = [
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's: weights of two or more dimensions decay, biases and scales do not."""
+        return [
             {"params": [p for p in self._trained() if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in self._trained() if p.ndim <= 1], "weight_decay": 0.0},
         ]
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups = self.parameter_groups()
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
         else:

@@ -3,35 +3,41 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from errors import InputError
 from lightning_modules.encoders import Encoder
-from lightning_modules.knn import knn_classify
+from lightning_modules.losses import BatchLoss
+from lightning_modules.retrieval import retrieval_metrics, retrieval_statistics
 from lightning_modules.stage import Stage
 
 
 class TripletEncoder(Stage):
     """An encoder under a loss over the triplets of a batch, all processes' images together.
 
-    `accuracy` is that of the nearest neighbour (cosine) within the batch. `validate` and `test` add `knn_accuracy`:
-    k nearest neighbours among all training images, on the features before the projection head.
+    `accuracy` is that of the nearest neighbour (cosine) within the batch. `validate` and `test` add what the nearest
+    neighbours among all training images say, on the features before the projection head: `knn_accuracy`,
+    `precision_at_1`, `r_precision`, `map_at_r`, `alignment`, `uniformity` (see `retrieval_statistics`).
+
+    While fitting, `last_embeddings` holds the global batch's embeddings and labels, `last_features` this process's
+    features, without gradient: what the monitors among the callbacks read.
 
     Args:
         encoder: the network whose features probes and kNN read.
-        loss: module called as loss(z, labels, generator), such as MultiNegativeLoss or RandomTripletMarginLoss.
+        loss: a BatchLoss, called as loss(z, labels, generator), such as MultiNegativeLoss or TripletMarginLoss.
         z_dim: width of the projection head, a linear layer used for the loss only; null for none.
         mirror: average features over each image and its mirror image; null: where the training data is flipped.
         knn_k: neighbours that vote.
+        knn_temperature: τ of their weights exp(s / τ).
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        loss: nn.Module,
+        loss: BatchLoss,
         z_dim: int | None = 128,
         mirror: bool | None = None,
         knn_k: int = 20,
+        knn_temperature: float = 0.07,
         num_classes: int = 10,
         **kwargs,
     ) -> None:
@@ -40,11 +46,13 @@ class TripletEncoder(Stage):
             raise InputError(f"model.z_dim {z_dim}: must be at least 1, or null for no projection head")
         if knn_k < 1:
             raise InputError(f"model.knn_k {knn_k}: must be at least 1")
+        if not knn_temperature > 0:
+            raise InputError(f"model.knn_temperature {knn_temperature}: must be above 0")
         self.encoder = encoder.to(memory_format=torch.channels_last)
         self.head = nn.Identity() if z_dim is None else nn.Linear(encoder.feature_dim, z_dim, bias=False)
-        self.triplet_loss, self.mirror, self.knn_k = loss, mirror, knn_k
-        self.knn_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.triplet_loss, self.mirror, self.knn_k, self.knn_temperature = loss, mirror, knn_k, knn_temperature
         self._queries: list[tuple[Tensor, Tensor]] = []
+        _try(loss, encoder.feature_dim if z_dim is None else z_dim)
 
     @property
     def identity(self) -> dict:
@@ -54,6 +62,8 @@ class TripletEncoder(Stage):
         if stage == "predict":
             raise InputError("a triplet encoder has no classes to predict: fit a probe on it and predict with the probe")
         super().setup(stage)
+        if stage == "fit" and self.trainer.datamodule.batch_size < 3:
+            raise InputError(f"data.batch_size {self.trainer.datamodule.batch_size}: a triplet needs three images")
 
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)
@@ -62,13 +72,17 @@ class TripletEncoder(Stage):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, z_dim)."""
-        return self.head(self.encoder(images))
+        features = self.encoder(images)
+        self.last_features = features.detach()
+        return self.head(features)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         if self.training and self.trainer.world_size > 1:
             # With gradient: every process computes the loss of the whole global batch.
             output = self.all_gather(output, sync_grads=True).flatten(0, 1)
             labels = self.all_gather(labels).flatten()
+        if self.training:
+            self.last_embeddings = output.detach(), labels
         # Random triplets depend on (seed, step) alone; in evaluation they are the same each time.
         step = self._seed * 1_000_003 + self.global_step + 1 if self.training else 0
         with torch.autocast(output.device.type, enabled=False):
@@ -91,12 +105,12 @@ class TripletEncoder(Stage):
             self._queries.append((self.encoder.embed(batch[0]), batch[1]))
 
     def on_validation_epoch_end(self) -> None:
-        self._log_knn("val")
+        self._log_retrieval("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_knn("test")
+        self._log_retrieval("test")
 
-    def _log_knn(self, split: str) -> None:
+    def _log_retrieval(self, split: str) -> None:
         if not self._queries:
             return
         queries, labels = (torch.cat(x) for x in zip(*self._queries))
@@ -104,5 +118,25 @@ class TripletEncoder(Stage):
         with self.trainer.precision_plugin.forward_context():
             bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"))
         bank_labels = self.trainer.datamodule.split("train").labels.to(self.device)
-        self.knn_accuracy(knn_classify(queries, bank, bank_labels, self.num_classes, self.knn_k), labels)
-        self.log(f"{split}/knn_accuracy", self.knn_accuracy)
+        options = self.num_classes, self.knn_k, self.knn_temperature
+        found = retrieval_statistics(queries, labels, bank, bank_labels, *options).double()
+        # Every process asked for its own images; sum and count over all of them.
+        sums = torch.cat([found.sum(0), found.new_tensor([len(found)])])
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        self.log_dict({f"{split}/{name}": value for name, value in retrieval_metrics(sums[:-1] / sums[-1]).items()})
+
+
+def _try(loss: BatchLoss, dim: int) -> None:
+    """Raises InputError where `loss` cannot be called on embeddings of width `dim`: now, not after the data is read."""
+    name, generator = type(loss).__name__, torch.Generator().manual_seed(0)
+    z = torch.randn(6, dim, generator=generator)
+    try:
+        value = loss(z, torch.tensor([0, 0, 1, 1, 2, 2]), generator)
+    except (TypeError, RuntimeError, AttributeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model.loss {name} does not take embeddings of width {dim}, labels and a generator ({reason}); choose a loss"
+            " of lightning_modules, and give MahalanobisDistance that width as dim"
+        ) from error
+    if not isinstance(value, Tensor) or value.ndim:
+        raise InputError(f"model.loss {name} gives no single number; choose a loss of lightning_modules")

@@ -5,7 +5,6 @@ from datamodules import DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
 from lightning_modules.encoders import FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
-from lightning_modules.knn import knn_classify
 from lightning_modules.losses import multi_negative_loss
 
 
@@ -110,22 +109,6 @@ def test_specs_of_other_programs_are_refused(spec):
 def test_impossible_widths_are_refused(make):
     with pytest.raises(InputError):
         make()
-
-
-def test_knn_equals_a_slow_vote():
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = (torch.randn(n, 6, generator=generator) for n in (50, 20))
-    labels = torch.randint(3, (50,), generator=generator)
-    for query, found in zip(queries, knn_classify(queries, bank, labels, 3, k=7, temperature=0.5).tolist()):
-        s = torch.nn.functional.cosine_similarity(query[None], bank)
-        votes = [0.0] * 3
-        for i in s.argsort(descending=True)[:7].tolist():
-            votes[labels[i]] += float((s[i] / 0.5).exp())
-        assert found == votes.index(max(votes))
-
-
-def test_knn_with_fewer_images_than_neighbours():
-    assert knn_classify(torch.eye(2), torch.eye(2), torch.tensor([1, 0]), 2, k=20).tolist() == [1, 0]
 
 
 def test_features_do_not_depend_on_the_place_in_the_batch_in_float32():

@@ -131,3 +131,52 @@ def test_encoders_that_do_not_fit_are_refused(encoder_run, run, refused, tmp_pat
     missing = tmp_path / "nothing.ckpt"
     refused("fit", "linear_probe", f"--frozen_encoder.run={missing}", words=[str(missing), "no such file"])
     refused("fit", "softmax_regression", f"--frozen_encoder.run={folder}", words=["takes no encoder"])
+
+
+FINE_TUNE = ("--trainer.precision=32-true", "--model.schedule=constant", "--trainer.max_epochs=3")
+
+
+def test_fine_tuning_releases_the_encoder_at_its_epoch_and_not_before(encoder_run, run, tmp_path):
+    encoder_cli, _ = encoder_run
+    handed = {k: v.clone() for k, v in encoder_cli.model.encoder.state_dict().items()}
+    at_release = "--frozen_encoder.unfreeze_at_epoch=2"
+    before = run("fit", "fine_tune", *FINE_TUNE, at_release, "--trainer.max_steps=8")  # epochs 0 and 1 have 4 steps each
+    assert all(torch.equal(before.model.encoder.state_dict()[k], v) for k, v in handed.items())
+    checkpoint = load_checkpoint(tmp_path / "runs/fine_tune/version_0/checkpoints/last.ckpt")
+    assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
+    assert "trained_encoder_sha256" not in checkpoint
+
+    after = run("fit", "fine_tune", *FINE_TUNE, at_release)
+    tuned = after.model.encoder.state_dict()
+    assert not torch.equal(tuned["blocks.0.0.weight"], handed["blocks.0.0.weight"])
+    assert tuned["blocks.0.2.num_batches_tracked"] == handed["blocks.0.2.num_batches_tracked"] + 4  # BatchNorm too
+    for fixed in ("whiten.weight", "blocks.0.2.weight", "mean"):  # what its own fit does not train either
+        assert torch.equal(tuned[fixed], handed[fixed])
+    checkpoint = load_checkpoint(tmp_path / "runs/fine_tune/version_1/checkpoints/last.ckpt")
+    assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
+    assert checkpoint["trained_encoder_sha256"] == encoder_sha256(after.model.encoder)
+    run("test", "fine_tune", "--ckpt_path=last")
+
+
+@pytest.mark.parametrize("stopped_after", [6, 9, 10])  # before, at and in the middle of the released epoch
+def test_fine_tuning_resumed_ends_as_if_never_stopped(encoder_run, run, stopped_after):
+    options = [*FINE_TUNE, "--frozen_encoder.unfreeze_at_epoch=2", "--data.flip=false", "--data.translate=0"]
+    whole = run("fit", "fine_tune", *options).model.state_dict()
+    run("fit", "fine_tune", *options, f"--trainer.max_steps={stopped_after}")
+    resumed = run("fit", "fine_tune", *options, "--ckpt_path=last")
+    assert resumed.trainer.global_step == 12
+    assert all(torch.equal(resumed.model.state_dict()[k], v) for k, v in whole.items() if "encoder" not in k[:3])
+
+
+def test_encoder_has_its_own_learning_rate(encoder_run, run):
+    options = [*FINE_TUNE, "--frozen_encoder.unfreeze_at_epoch=0", "--model.lr=0.02"]
+    for more, expected in (([], 0.0005), (["--frozen_encoder.encoder_lr=0.003"], 0.003), (["--frozen_encoder.encoder_lr=null"], 0.002)):
+        cli = run("fit", "fine_tune", *options, *more)
+        assert [g["lr"] for g in cli.trainer.optimizers[0].param_groups] == pytest.approx([0.02, 0.02, expected])
+
+
+def test_impossible_fine_tuning_is_refused(encoder_run, refused):
+    refused("fit", "fine_tune", "--frozen_encoder.unfreeze_at_epoch=1", words=["unfreeze_at_epoch 1", "only 1 epochs"])
+    refused("fit", "fine_tune", "--frozen_encoder.unfreeze_at_epoch=-1", words=["unfreeze_at_epoch -1"])
+    refused("fit", "fine_tune", "--frozen_encoder.encoder_lr=-1", words=["encoder_lr -1", "above 0"])
+    refused("fit", "linear_probe", "--frozen_encoder.encoder_lr=0.1", words=["needs unfreeze_at_epoch"])

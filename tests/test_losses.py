@@ -1,16 +1,32 @@
+"""Every loss against its definition, written out pair by pair and triplet by triplet in float64."""
+
 import math
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from errors import InputError
-from lightning_modules.losses import (
-    MultiNegativeLoss,
-    RandomTripletMarginLoss,
-    multi_negative_loss,
-    random_triplets,
-    triplet_margin_loss,
-)
+from lightning_modules import losses
+from lightning_modules.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
+from lightning_modules.triplets import active_counts, hardest_triplets, random_triplets
+
+DISTANCES = {
+    "euclidean": EuclideanDistance(),
+    "squared": EuclideanDistance(squared=True),
+    "sphere": EuclideanDistance(normalize=True),
+    "cosine": CosineDistance(),
+    "mahalanobis": MahalanobisDistance(5),
+}
+EVERY_LOSS = [
+    *(losses.TripletMarginLoss(triplets, 0.5) for triplets in ("random", "hard", "semihard", "all")),
+    *(losses.SoftMarginTripletLoss(triplets) for triplets in ("random", "hard")),
+    losses.LMNNLoss(),
+    losses.MultiNegativeLoss(),
+    losses.SupConLoss(),
+    losses.PairwiseContrastiveLoss(),
+]
+NAMES = [f"{type(loss).__name__} {getattr(loss, 'triplets', '')}" for loss in EVERY_LOSS]
 
 
 def batch(size=14, classes=4, seed=0):
@@ -19,48 +35,272 @@ def batch(size=14, classes=4, seed=0):
     return z, torch.randint(classes, (size,), generator=generator)
 
 
-def slow_multi_negative(z, labels, tau):
-    """The definition, pair by pair."""
-    s = torch.nn.functional.cosine_similarity(z[:, None], z[None], dim=2)
-    pairs = []
-    for a in range(len(z)):
-        negatives = [n for n in range(len(z)) if labels[n] != labels[a]]
-        for p in range(len(z)):
-            if p != a and labels[p] == labels[a]:
-                pairs.append(torch.log(1 + sum(torch.exp((s[a, n] - s[a, p]) / tau) for n in negatives)))
-    return torch.stack(pairs).mean()
+def every_triplet(labels):
+    indices = range(len(labels))
+    for a in indices:
+        for p in indices:
+            for n in indices:
+                if p != a and labels[p] == labels[a] and labels[n] != labels[a]:
+                    yield a, p, n
+
+
+def slow_distance(name, x, y):
+    if name == "cosine":
+        return 1 - (x @ y) / (x.norm() * y.norm())
+    if name == "sphere":
+        x, y = x / x.norm(), y / y.norm()
+    if name == "mahalanobis":
+        x, y = DISTANCES[name].factor @ x, DISTANCES[name].factor @ y
+    return (x - y).square().sum() if name == "squared" else (x - y).norm()
+
+
+def check(fast, slow, z):
+    """Compares value and gradient of fast(z) and slow(z)."""
+    x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
+    one, two = fast(x), slow(y)
+    one.backward()
+    two.backward()
+    torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-8, atol=1e-11)
+    return float(two.detach())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def oblique_metric():
+    metric = DISTANCES["mahalanobis"].double()
+    with torch.no_grad():
+        metric.factor.copy_(torch.randn(5, 5, generator=torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_equal_their_definition(name):
+    z, _ = batch()
+    pairs = [(i, j) for i in range(len(z)) for j in range(len(z)) if i != j]
+    i, j = map(list, zip(*pairs))
+    weights = torch.rand(len(pairs), dtype=torch.float64)
+
+    def slow(z):
+        return (weights * torch.stack([slow_distance(name, z[a], z[b]) for a, b in pairs])).sum()
+
+    check(lambda z: (weights * DISTANCES[name].matrix(z)[i, j]).sum(), slow, z)
+    check(lambda z: (weights * DISTANCES[name].pairs(z[i], z[j])).sum(), slow, z)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_equal_embeddings_have_a_finite_gradient(name):
+    z = torch.ones(4, 5, dtype=torch.float64, requires_grad=True)
+    (DISTANCES[name].matrix(z).sum() + DISTANCES[name].pairs(z[:2], z[2:]).sum()).backward()
+    assert z.grad.isfinite().all()
+
+
+def test_close_points_far_from_the_origin_keep_their_distance_in_float32():
+    z = 1000 + torch.tensor([[0.0, 0], [3e-2, 4e-2]])
+    assert float(EuclideanDistance().matrix(z)[0, 1]) == pytest.approx(5e-2, rel=1e-2)
+
+
+def test_mahalanobis_is_a_metric_of_a_positive_semidefinite_matrix_and_euclidean_behind_a_linear_layer():
+    metric = DISTANCES["mahalanobis"]
+    factor, (z, _) = metric.factor.detach(), batch()
+    m = factor.T @ factor
+    assert torch.linalg.eigvalsh(m).min() >= 0 and torch.equal(m, m.T)
+    linear = torch.nn.Linear(5, 5, bias=False, dtype=torch.float64)
+    linear.weight.data.copy_(factor)
+    torch.testing.assert_close(metric.matrix(z), EuclideanDistance().matrix(linear(z)))
+    difference = z[0] - z[1]
+    assert float(metric.matrix(z)[0, 1].detach()) == pytest.approx(float((difference @ m @ difference).sqrt()))
+    losses.TripletMarginLoss("all", 1.0, metric)(*batch()).backward()
+    assert metric.factor.grad.norm() > 0  # learned
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("triplets", ["semihard", "all"])
+def test_dense_margin_loss_equals_the_cube(name, classes, triplets):
+    z, labels = batch(classes=classes)
+    margin = 0.3
+
+    def slow(z):
+        d = [[slow_distance(name, x, y) if x is not y else 0.0 for y in z] for x in z]
+        terms = [d[a][p] - d[a][n] + margin for a, p, n in every_triplet(labels) if triplets == "all" or d[a][n] > d[a][p]]
+        active = [t for t in terms if t > 0]
+        assert 0 < len(active) < len(terms)
+        return torch.stack(active).mean()
+
+    check(lambda z: losses.TripletMarginLoss(triplets, margin, DISTANCES[name])(z, labels), slow, z)
+
+
+@pytest.mark.parametrize("block", [1, 30, 2**21])
+@pytest.mark.parametrize("options", [{}, {"semihard": True}, {"neighbours": 2}])
+def test_active_counts_equal_a_count(options, block, monkeypatch):
+    monkeypatch.setattr("lightning_modules.triplets.ROW_BLOCK", block)
+    z, labels = batch(20, 3, seed=5)
+    d = EuclideanDistance().matrix(z)
+    expected = torch.zeros_like(d)
+    for a, p, n in every_triplet(labels):
+        nearer = sum(labels[q] == labels[a] and q != a and d[a, q] < d[a, p] for q in range(20))
+        if d[a, p] - d[a, n] + 0.4 > 0 and not (options.get("semihard") and d[a, n] <= d[a, p]):
+            if nearer < options.get("neighbours", 99):
+                expected[a, p] += 1
+                expected[a, n] -= 1
+    assert torch.equal(active_counts(d, labels, 0.4, **options), expected)
+    assert expected.any()
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("loss", [losses.TripletMarginLoss("hard", 0.5), losses.SoftMarginTripletLoss("hard")], ids=["margin", "soft"])
+def test_batch_hard_equals_its_definition(name, loss):
+    z, labels = batch()
+    loss.distance = DISTANCES[name]
+
+    def slow(z):
+        terms = []
+        for a in range(len(z)):
+            to = {kind: [slow_distance(name, z[a], z[j]) for j in range(len(z)) if j != a and (labels[j] == labels[a]) == kind]
+                  for kind in (True, False)}  # fmt: skip
+            if to[True] and to[False]:
+                terms.append(max(to[True]) - min(to[False]))
+        terms = torch.stack(terms)
+        return (terms + 0.5).relu().mean() if isinstance(loss, losses.TripletMarginLoss) else terms.exp().log1p().mean()
+
+    check(lambda z: loss(z, labels), slow, z)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("loss", [losses.TripletMarginLoss("random", 0.5), losses.SoftMarginTripletLoss("random")], ids=["margin", "soft"])
+def test_random_triplets_losses_equal_their_definition(name, loss):
+    z, labels = batch()
+    loss.distance = DISTANCES[name]
+    triplets = list(zip(*random_triplets(labels, torch.Generator().manual_seed(1))))
+
+    def slow(z):
+        terms = torch.stack([slow_distance(name, z[a], z[p]) - slow_distance(name, z[a], z[n]) for a, p, n in triplets])
+        return (terms + 0.5).relu().mean() if isinstance(loss, losses.TripletMarginLoss) else terms.exp().log1p().mean()
+
+    check(lambda z: loss(z, labels, torch.Generator().manual_seed(1)), slow, z)
+
+
+@pytest.mark.parametrize("neighbours", [1, 2, 50])
+def test_lmnn_equals_its_definition(neighbours):
+    z, labels = batch()
+
+    def slow(z):
+        pull, push, pairs = 0.0, 0.0, 0
+        for i in range(len(z)):
+            d = [slow_distance("squared", z[i], x) for x in z]
+            same = [j for j in range(len(z)) if j != i and labels[j] == labels[i]]
+            for j in sorted(same, key=lambda j: float(d[j].detach()))[:neighbours]:
+                pairs += 1
+                pull = pull + d[j]
+                push = push + sum((1.5 + d[j] - d[x]).relu() for x in range(len(z)) if labels[x] != labels[i])
+        return (0.7 * pull + 0.3 * push) / pairs
+
+    check(lambda z: losses.LMNNLoss(1.5, 0.3, neighbours)(z, labels), slow, z)
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
 @pytest.mark.parametrize("classes", [2, 4, 9])
 def test_multi_negative_loss_equals_its_definition(tau, classes):
     z, labels = batch(classes=classes)
-    x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
-    fast, slow = multi_negative_loss(x, labels, tau), slow_multi_negative(y, labels, tau)
-    fast.backward()
-    slow.backward()
-    torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-12)
+
+    def slow(z):
+        s = cosine_similarity(z[:, None], z[None], dim=2)
+        pairs = {(a, p): [] for a, p, _ in every_triplet(labels)}
+        for a, p, n in every_triplet(labels):
+            pairs[a, p].append(torch.exp((s[a, n] - s[a, p]) / tau))
+        return torch.stack([torch.log(1 + sum(terms)) for terms in pairs.values()]).mean()
+
+    check(lambda z: losses.multi_negative_loss(z, labels, tau), slow, z)
 
 
-def test_multi_negative_loss_is_finite_where_exp_overflows():
-    z = torch.tensor([[1.0, 0], [-1, 0], [1, 1e-3]], requires_grad=True)
-    loss = multi_negative_loss(z, torch.tensor([0, 0, 1]), 0.001)
+@pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("classes", [2, 4, 9])
+def test_supcon_equals_its_definition_with_the_mean_outside_the_logarithm(tau, classes):
+    z, labels = batch(classes=classes)
+
+    def slow(z):
+        s = cosine_similarity(z[:, None], z[None], dim=2) / tau
+        terms = []
+        for a in range(len(z)):
+            others = torch.stack([s[a, k].exp() for k in range(len(z)) if k != a]).sum()
+            logs = [(s[a, p].exp() / others).log() for p in range(len(z)) if p != a and labels[p] == labels[a]]
+            if logs:
+                terms.append(-sum(logs) / len(logs))
+        return torch.stack(terms).mean()
+
+    check(lambda z: losses.supcon_loss(z, labels, tau), slow, z)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+@pytest.mark.parametrize("classes", [2, 4, 9])
+def test_pairwise_contrastive_loss_equals_the_reports_equation_2(tau, classes):
+    z, labels = batch(classes=classes)
+
+    def slow(z):
+        s = cosine_similarity(z[:, None], z[None], dim=2) / tau
+        terms = {True: [], False: []}
+        for i in range(len(z)):
+            total = sum(s[i, k].exp() for k in range(len(z)) if k != i)
+            for j in range(len(z)):
+                if i != j:
+                    p = s[i, j].exp() / total
+                    same = bool(labels[i] == labels[j])
+                    terms[same].append(-p.log() if same else -(1 - p).log())
+        return sum(torch.stack(t).mean() for t in terms.values())
+
+    check(lambda z: losses.pairwise_contrastive_loss(z, labels, tau), slow, z)
+
+
+def test_pairwise_contrastive_loss_is_exact_where_a_probability_nears_one():
+    # The nearest image is a negative, all others are far: 1 − p is the share of the others, far below one unit of p.
+    z = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 1e-3]], requires_grad=True)
+    loss = losses.pairwise_contrastive_loss(z, torch.tensor([0, 1, 0, 1]), 0.05)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all()
+    # Of the eight negative pairs, 0–1 and 2–3 in both directions have 1 − p = 2 exp(−40) / (1 + 2 exp(−40)) each, the
+    # other four p = exp(−40); the four positive pairs have −log p = 40.
+    assert float(loss.detach()) == pytest.approx(40 + 4 * (40 - math.log(2)) / 8, rel=1e-4)
+
+
+@pytest.mark.parametrize("function", [losses.multi_negative_loss, losses.supcon_loss, losses.pairwise_contrastive_loss])
+def test_finite_where_exp_overflows(function):
+    z = torch.tensor([[1.0, 0], [-1, 0], [1, 1e-3], [0, 1]], requires_grad=True)
+    loss = function(z, torch.tensor([0, 0, 1, 1]), 0.001)
     loss.backward()
     assert loss.isfinite() and z.grad.isfinite().all() and loss > 900
 
 
-def test_triplet_margin_loss_equals_its_definition():
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=NAMES)
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3]], ids=["one class", "no class twice"])
+def test_without_triplets_gradients_are_finite_and_pull_nothing_apart(loss, labels):
+    z = torch.randn(4, 5, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    value = loss(z, torch.tensor(labels), torch.Generator().manual_seed(0))
+    value.backward()
+    if isinstance(loss, losses.SupConLoss) and labels[1] == 0:
+        assert value > 0  # the paper's denominator needs no negatives
+    else:
+        assert value == 0 and torch.equal(z.grad, torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=NAMES)
+def test_embeddings_that_are_not_numbers_are_not_hidden(loss):
     z, labels = batch()
-    x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
-    triplets = random_triplets(labels, torch.Generator().manual_seed(1))
-    fast = triplet_margin_loss(x, triplets, margin=0.7)
-    terms = [max(torch.tensor(0.0), (y[a] - y[p]).norm() - (y[a] - y[n]).norm() + 0.7) for a, p, n in zip(*triplets)]
-    slow = sum(terms) / len(terms)
-    fast.backward()
-    slow.backward()
-    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)  # torch adds 1e-6 to the differences
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    z[3, 2] = float("nan")
+    assert loss(z, labels, torch.Generator().manual_seed(0)).isnan()
+
+
+@pytest.mark.parametrize("loss", [loss for loss in EVERY_LOSS if getattr(loss, "triplets", "") != "random"])
+def test_order_of_the_batch_does_not_matter(loss):
+    z, labels = batch()
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss(z, labels), loss(z[order], labels[order]), rtol=1e-10, atol=1e-12)
+
+
+def test_anchor_without_negatives_or_positives_is_left_out_not_nan():
+    z, _ = batch(4)
+    value = losses.multi_negative_loss(z, torch.tensor([0, 0, 1, 2]), 0.1)
+    s = cosine_similarity(z[:, None], z[None], dim=2) / 0.1
+    expected = [math.log(1 + sum(math.exp(s[a, n] - s[a, p]) for n in (2, 3))) for a, p in ((0, 1), (1, 0))]
+    assert value.item() == pytest.approx(sum(expected) / 2)
 
 
 def test_random_triplets_are_triplets_and_uniform():
@@ -86,24 +326,28 @@ def test_random_triplets_follow_the_generator():
     assert not torch.equal(draw[0][1], draw[2][1])
 
 
-@pytest.mark.parametrize("loss", [MultiNegativeLoss(), RandomTripletMarginLoss()])
-@pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2]])
-def test_without_triplets_loss_and_gradient_are_zero(loss, labels):
-    z = torch.randn(3, 4, requires_grad=True)
-    value = loss(z, torch.tensor(labels))
-    value.backward()
-    assert value == 0 and torch.equal(z.grad, torch.zeros(3, 4))
+def test_hardest_triplets_leave_out_anchors_without_a_positive_or_a_negative():
+    z, _ = batch(5)
+    anchors, positives, negatives = hardest_triplets(EuclideanDistance().matrix(z), torch.tensor([0, 0, 1, 1, 2]))
+    assert anchors.tolist() == [0, 1, 2, 3] and positives.tolist() == [1, 0, 3, 2]
+    assert not hardest_triplets(EuclideanDistance().matrix(z), torch.zeros(5))[0].numel()
 
 
-def test_anchor_without_negatives_or_positives_is_left_out_not_nan():
-    z, _ = batch(4)
-    value = multi_negative_loss(z, torch.tensor([0, 0, 1, 2]), 0.1)
-    s = torch.nn.functional.cosine_similarity(z[:, None], z[None], dim=2) / 0.1
-    expected = [math.log(1 + sum(math.exp(s[a, n] - s[a, p]) for n in (2, 3))) for a, p in ((0, 1), (1, 0))]
-    assert value.item() == pytest.approx(sum(expected) / 2)
-
-
-@pytest.mark.parametrize("make", [lambda: MultiNegativeLoss(0), lambda: RandomTripletMarginLoss(-1)])
-def test_impossible_settings_are_refused(make):
-    with pytest.raises(InputError, match="must be above 0"):
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: losses.TripletMarginLoss(margin=0), "TripletMarginLoss margin 0: must be above 0"),
+        (lambda: losses.TripletMarginLoss(margin=2, distance=CosineDistance()), "below 2, the largest CosineDistance"),
+        (lambda: losses.TripletMarginLoss(margin=4, distance=EuclideanDistance(True, True)), "below 4"),
+        (lambda: losses.LMNNLoss(margin=-1), "LMNNLoss margin -1"),
+        (lambda: losses.LMNNLoss(push=1), "push 1"),
+        (lambda: losses.LMNNLoss(neighbours=0), "neighbours 0"),
+        (lambda: losses.MultiNegativeLoss(0), "temperature 0: must be above 0"),
+        (lambda: losses.SupConLoss(-0.1), "temperature -0.1"),
+        (lambda: losses.PairwiseContrastiveLoss(float("nan")), "temperature nan"),
+        (lambda: MahalanobisDistance(0), "dim 0"),
+    ],
+)
+def test_impossible_settings_are_refused(make, words):
+    with pytest.raises(InputError, match=words):
         make()

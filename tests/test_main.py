@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from main import main
 
 ROOT = Path(__file__).parent.parent
+PROBES = ("linear_probe", "mlp_probe", "fine_tune")
 ALL = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 
 
@@ -27,8 +28,9 @@ def shipped(tmp_path, command, config, *more):
 @pytest.mark.parametrize("config", ALL)
 def test_shipped_config_fits_and_tests(tmp_path, config):
     steps = ["--trainer.max_steps=2"]
-    if config.endswith("probe"):
+    if config in PROBES:
         shipped(tmp_path, "fit", "triplet_encoder", *steps)
+        steps += ["--frozen_encoder.unfreeze_at_epoch=0"] if config == "fine_tune" else []
     shipped(tmp_path, "fit", config, *steps)
     run = tmp_path / "runs" / config / "version_0"
     fitted = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
@@ -43,9 +45,9 @@ def test_shipped_config_fits_and_tests(tmp_path, config):
     assert {p.name for p in (run / "test_0").iterdir()} >= {"config.yaml"}
 
 
-def test_all_six_stages_have_a_config():
-    stages = {"logistic_regression", "softmax_regression", "triplet_encoder", "supervised_encoder", "linear_probe", "mlp_probe"}
-    assert set(ALL) == stages
+def test_all_stages_have_a_config():
+    encoders = {"triplet_encoder", "supervised_encoder"}
+    assert set(ALL) == {"logistic_regression", "softmax_regression", *encoders, *PROBES}
 
 
 def test_metrics_curves_and_events(tmp_path, run):
@@ -93,6 +95,13 @@ def test_best_is_chosen_by_validation_accuracy(tmp_path, run):
         accuracies = {int(r["step"]): float(r["val/accuracy"]) for r in csv.DictReader(file)}
     step = int(Path(cli.trainer.checkpoint_callback.best_model_path).stem.split("step=")[1])
     assert accuracies[step] == max(accuracies.values())
+
+
+def test_last_is_the_last_epoch_even_where_an_earlier_one_was_better(tmp_path, run):
+    run("fit", "softmax_regression", "--trainer.max_epochs=6", "--model.lr=3", "--model.schedule=constant")
+    checkpoints = tmp_path / "runs/softmax_regression/version_0/checkpoints"
+    best = next(int(p.stem.split("step=")[1]) for p in checkpoints.glob("epoch*"))
+    assert best < 24 and torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 24
 
 
 def test_fit_goes_on_in_its_own_folder_and_ends_as_if_never_stopped(tmp_path, run):

@@ -1,0 +1,116 @@
+"""Studies behind the recipes, on validation images alone: one change at a time, same budget, same learning rates.
+
+    python -m benchmarks.recipes losses --data-dir data                 # every loss × mining at 4 epochs, three rates
+    python -m benchmarks.recipes temperature --seeds 2 --epochs 4
+    python -m benchmarks.recipes losses --out runs/recipes              # called again: goes on where it stopped
+
+Each setting is a fit of configs/triplet_encoder.yaml with the overrides named, then a linear probe. Prints a Markdown
+table of the probe's validation accuracy (best epoch) for each setting and learning rate, with what MiningMonitor said.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+
+from main import main as command
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def loss(name: str, **init_args) -> list[str]:
+    return [f"--model.loss={name}", *(f"--model.loss.{key}={value}" for key, value in init_args.items())]
+
+
+def margin(triplets: str) -> list[str]:
+    sphere = {"distance": "EuclideanDistance", "distance.normalize": "true"}
+    return loss("TripletMarginLoss", triplets=triplets, margin=0.5, **sphere)
+
+
+BATCHES = {f"batch {b}": [f"--data.batch_size={b}", f"--model.lr={b / 1024}"] for b in (256, 512, 1024)}
+STUDIES = {
+    "losses": {
+        "multi-negative, τ 0.1 (default)": [],
+        "SupCon, τ 0.1": loss("SupConLoss"),
+        "pairwise contrastive (the report's equation 2), τ 0.1": loss("PairwiseContrastiveLoss"),
+        "margin 0.5 on the sphere, all": margin("all"),
+        "margin 0.5 on the sphere, semihard": margin("semihard"),
+        "margin 0.5 on the sphere, hard": margin("hard"),
+        "margin 0.5 on the sphere, random": margin("random"),
+        "margin 1, random (the report's)": loss("TripletMarginLoss"),
+        "soft margin, hard": loss("SoftMarginTripletLoss"),
+        "soft margin, random": loss("SoftMarginTripletLoss", triplets="random"),
+        "LMNN, 3 target neighbours": loss("LMNNLoss"),
+    },
+    "temperature": {f"τ {t}": loss("MultiNegativeLoss", temperature=t) for t in (0.05, 0.1, 0.2, 0.4)},
+    "augmentation": {
+        "flip, translation by 2 (default)": [],
+        "no flip": ["--data.flip=false"],
+        "no translation": ["--data.translate=0"],
+        "translation by 4": ["--data.translate=4"],
+    },
+    "batch": BATCHES,
+    "width": {
+        "32/128/128 (default)": [],
+        "64/128/128": ["--model.encoder.widths=[64,128,128]"],
+        "64/256/256": ["--model.encoder.widths=[64,256,256]"],
+        "32/128/128, residual": ["--model.encoder.residual=true"],
+    },
+}
+
+
+def run(out: Path, data_dir: str, overrides: list[str], seed: int, epochs: int) -> dict:
+    """Fits encoder and probe in `out`; the probe's best validation accuracy, the fit's seconds, and what was said."""
+    common = [f"--data.root={data_dir}", f"--trainer.logger.save_dir={out}", f"--seed_everything={seed}"]
+    encoder = ["--config", str(CONFIGS / "triplet_encoder.yaml"), *common, f"--trainer.max_epochs={epochs}"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start = time.monotonic()
+        command(["fit", *encoder, *overrides])
+        seconds = time.monotonic() - start
+    said = [str(w.message) for w in caught if str(w.message).startswith("step ")]
+    probe = command(["fit", "--config", str(CONFIGS / "linear_probe.yaml"), *common])
+    best = probe.trainer.checkpoint_callback.best_model_score
+    return {"val_accuracy": float(best), "seconds": seconds, "said": said}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates (losses: 0.1 0.5 0.02; else the config's)")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
+    options = parser.parse_args()
+
+    rates = options.rates or ([0.1, 0.5, 0.02] if options.study == "losses" else [None])
+    file = options.out / f"{options.study}_{options.epochs}.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    for seed in range(options.seeds):
+        for rate in rates:
+            for name, overrides in STUDIES[options.study].items():
+                key = f"{name} | {rate} | {seed}"
+                if key in found:
+                    continue
+                given = [] if rate is None else [f"--model.lr={rate}"]
+                folder = options.out / f"{options.study}_{len(found)}"
+                found[key] = run(folder, options.data_dir, [*overrides, *given], seed, options.epochs)
+                file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+    print(f"\n| setting | {' | '.join('lr ' + str(r or 'as configured') for r in rates)} |\n|---|{'---|' * len(rates)}")
+    for name in STUDIES[options.study]:
+        cells = []
+        for rate in rates:
+            rows = [found[f"{name} | {rate} | {seed}"] for seed in range(options.seeds)]
+            warned = " (warned)" if any(row["said"] for row in rows) else ""
+            cells.append(" / ".join(f"{row['val_accuracy']:.4f}" for row in rows) + warned)
+        print(f"| {name} | {' | '.join(cells)} |")
+    for key, row in found.items():
+        for sentence in row["said"]:
+            print(f"- {key}: {sentence}")
+
+
+if __name__ == "__main__":
+    main()

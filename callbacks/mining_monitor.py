@@ -1,0 +1,150 @@
+"""What the triplets of a batch look like while an encoder trains, and a sentence when something is wrong with them."""
+
+import math
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+
+from errors import InputError
+from lightning_modules.losses import BatchLoss
+from lightning_modules.triplets import active_counts, pair_masks
+
+
+class MiningMonitor(Callback):
+    """Measures `pl_module.last_embeddings` in every so many steps of a fit, for TensorBoard and the progress bar.
+
+    `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none);
+    `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n), with their histograms; `mining/norm`: mean
+    norm of the embeddings; `mining/spread`: mean standard deviation of a dimension, with its histogram;
+    `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong. Embeddings that are not finite
+    end the fit with InputError.
+
+    Args:
+        every_n_steps: steps between two measurements.
+        patience: measurements in a row that must find the same thing wrong.
+        stop: also stop the fit then.
+    """
+
+    def __init__(self, every_n_steps: int = 50, patience: int = 3, stop: bool = False) -> None:
+        for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
+            if value < 1:
+                raise InputError(f"MiningMonitor {name} {value}: must be at least 1")
+        self.every_n_steps, self.patience, self.stop = every_n_steps, patience, stop
+        self._finding, self._times, self._said = None, 0, set()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not hasattr(pl_module, "triplet_loss"):
+            raise InputError(f"MiningMonitor watches triplet encoders; {type(pl_module).__name__} is none")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        if step % self.every_n_steps:
+            return
+        z, labels = pl_module.last_embeddings
+        loss = float(trainer.callback_metrics["loss"])
+        if not (z.isfinite().all() and math.isfinite(loss)):
+            rate = trainer.optimizers[0].param_groups[0]["lr"]
+            raise InputError(
+                f"the embeddings or the loss are not finite at step {step} (learning rate {rate:.3g}): lower model.lr, or"
+                " give --trainer.precision 32-true or --trainer.gradient_clip_val; checkpoints of earlier epochs remain"
+            )
+        measured, histograms = measure(pl_module.triplet_loss, z.float(), labels)
+        pl_module.log_dict(
+            {"active": measured["active"], "rank": measured["effective_rank"]}, prog_bar=True, logger=False
+        )
+        if trainer.logger:
+            trainer.logger.log_metrics({f"mining/{name}": value for name, value in measured.items()}, step)
+            if trainer.is_global_zero:
+                for name, values in histograms.items():
+                    trainer.logger.experiment.add_histogram(f"mining/{name}", values, step)
+        self._judge(trainer, diagnose(pl_module.triplet_loss, measured, loss))
+
+    def _judge(self, trainer: Trainer, found: tuple[str, str] | None) -> None:
+        kind = found and found[0]
+        self._times = self._times + 1 if kind == self._finding else 1
+        self._finding = kind
+        if kind is None or self._times < self.patience or kind in self._said:
+            return
+        self._said.add(kind)
+        sentence = f"step {trainer.global_step}: {found[1]}"
+        rank_zero_warn(sentence)
+        if trainer.logger and trainer.is_global_zero:
+            trainer.logger.experiment.add_text("mining/diagnosis", sentence, trainer.global_step)
+        if self.stop:
+            trainer.should_stop = True
+
+
+@torch.no_grad()
+def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Numbers and histograms' values of embeddings `z` (B, D), `labels` (B,), under the loss's own distance."""
+    distances = loss.distance.matrix(z)
+    positive, negative = pair_masks(labels)
+    triplets = (positive.sum(1) * negative.sum(1)).sum()
+    active = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum(dtype=torch.float64)
+    histograms = {"d_ap": distances[positive], "d_an": distances[negative], "spread": z.std(0)}
+    measured = {
+        "triplets": triplets,
+        "active": active / triplets.clamp_min(1),
+        "positive": distances[positive].sum() / positive.sum().clamp_min(1),
+        "negative": distances[negative].sum() / negative.sum().clamp_min(1),
+        "norm": z.norm(dim=1).mean(),
+        "spread": histograms["spread"].mean(),
+        # Between 0 (all embeddings alike) and 1 (their mean is the origin).
+        "relative_spread": z.var(0, correction=0).sum().sqrt() / z.square().sum(1).mean().sqrt().clamp_min(1e-30),
+        "effective_rank": effective_rank(z),
+    }
+    return {name: float(value) for name, value in measured.items()}, histograms
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of the centred z (B, D): between 1 and min(B, D), and 0
+    where all rows are alike (O. Roy & M. Vetterli, "The Effective Rank", 2007)."""
+    z = (z - z.mean(0)).double()
+    values = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()
+    total = values.sum()
+    shares = values / total.clamp_min(1e-300)
+    return torch.special.entr(shares).sum().exp() * (total > 0)
+
+
+def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> tuple[str, str] | None:
+    """What is wrong with a batch: (kind, a sentence that says what to change), or None. `value` is the loss."""
+    name, margin, temperature, pinned = type(loss).__name__, loss.margin, loss.temperature, loss.pinned_at
+    if not measured["triplets"]:
+        return "triplets", "the batch has no triplets (one class, or no class twice): raise data.batch_size"
+    if temperature is not None and not 0.01 <= temperature <= 1:
+        what = "all pairs weigh alike" if temperature > 1 else "only the single hardest pair of each anchor has a gradient"
+        return "temperature", f"temperature {temperature:g} of {name} is out of range ({what}): give one in 0.05 … 0.5"
+    if measured["relative_spread"] < 0.02:
+        return "collapsed", (
+            f"collapsed: all embeddings are nearly alike (spread {measured['relative_spread']:.1e} of their norm, loss"
+            f" {value:.3g}): lower model.lr, or choose easier triplets (all or random instead of hard), or MultiNegativeLoss"
+        )
+    if measured["effective_rank"] < 1.5:
+        return "rank", (
+            f"collapsed: the embeddings lie on a line (effective rank {measured['effective_rank']:.2f}): lower model.lr,"
+            " or choose easier triplets (all or random instead of hard), or MultiNegativeLoss"
+        )
+    if margin is not None and margin > 10 * measured["negative"]:
+        return "margin", (
+            f"margin {margin:g} of {name} is out of range: negatives are {measured['negative']:.2g} away on average; give a"
+            " margin of about that size"
+        )
+    if margin is not None and measured["active"] == 0:
+        return "inactive", (
+            f"nothing is active any more: every negative is farther away than every positive by more than {margin:g}; raise"
+            " the margin of model.loss, or stop here"
+        )
+    if margin is not None and margin < 0.005 * measured["negative"]:
+        return "margin", (
+            f"margin {margin:g} of {name} is out of range: negatives are {measured['negative']:.2g} away on average; give a"
+            " margin between a tenth of that and that"
+        )
+    if pinned is not None and abs(value - pinned) < 0.02 * pinned:
+        where = "ln 2" if margin is None else f"the margin {margin:g}"
+        return "pinned", (
+            f"the loss is pinned at {where}: positives are as far away as negatives; lower model.lr, or choose easier"
+            " triplets (all, semihard or random)"
+        )
+    return None

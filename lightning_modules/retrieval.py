@@ -1,0 +1,69 @@
+"""What an encoder knows before any probe is trained: nearest neighbours, retrieval, alignment and uniformity."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 2**25  # similarities held at once
+
+# Columns of `retrieval_statistics`. Their means over the queries are the metrics, but for uniformity, a log of a mean.
+STATISTICS = ("knn_accuracy", "precision_at_1", "r_precision", "map_at_r", "alignment", "uniformity")
+
+
+@torch.no_grad()
+def retrieval_statistics(
+    queries: Tensor,
+    labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """What is nearest to each of the `queries` (Q, D) among the `bank` (N, D), by cosine similarity s: (Q, 6).
+
+    - knn_accuracy: 1 where the k nearest vote for the query's class, weighted by exp(s / τ) (Z. Wu et al.,
+      "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4). k is cut to N.
+    - precision_at_1: 1 where the nearest is of the query's class.
+    - r_precision, map_at_r: with R images of the query's class in the bank, the share of its class among the R
+      nearest, and the mean over the R places of the precision up to each place that holds its class (K. Musgrave et
+      al., "A Metric Learning Reality Check", 2020, section 3.2). 0 where R is 0.
+    - alignment: mean of ‖x − y‖² over the bank's y of the query's class, on the unit sphere; uniformity: mean of
+      exp(−2 ‖x − y‖²) over the whole bank (T. Wang & P. Isola, 2020, equations 2 and 3, between two sets).
+
+    `labels` (Q,) and `bank_labels` (N,) int64 in [0, num_classes).
+    """
+    bank = F.normalize(bank, dim=1)
+    members = bank_labels.bincount(minlength=num_classes)
+    places = max(int(members[labels.unique()].max()), min(k, len(bank)))
+    place = torch.arange(1, places + 1, device=bank.device)
+    found = []
+    for x, y in zip(*(t.split(max(1, CHUNK // len(bank))) for t in (F.normalize(queries, dim=1), labels))):
+        similarity = x @ bank.T
+        nearest, index = similarity.topk(places, dim=1)
+        neighbours = bank_labels[index]
+        votes = torch.zeros(len(x), num_classes, device=bank.device)
+        votes.scatter_add_(1, neighbours[:, :k], (nearest[:, :k] / temperature).exp())
+        of_class = neighbours == y[:, None]
+        size = members[y].clamp_min(1)[:, None]
+        hits = (of_class & (place <= members[y][:, None])).float()
+        precision = (hits.cumsum(1) / place * hits).sum(1, keepdim=True) / size
+        positives = (bank_labels == y[:, None]).float()
+        squares = (2 - 2 * similarity).clamp_min_(0)
+        columns = (
+            (votes.argmax(1) == y)[:, None],
+            of_class[:, :1],
+            hits.sum(1, keepdim=True) / size,
+            precision,
+            (squares * positives).sum(1, keepdim=True) / size,
+            squares.mul_(-2).exp_().mean(1, keepdim=True),
+        )
+        found.append(torch.cat([column.float() for column in columns], dim=1))
+    return torch.cat(found)
+
+
+def retrieval_metrics(means: Tensor) -> dict[str, float]:
+    """The metrics by name, from the mean (6,) of `retrieval_statistics` over all queries."""
+    metrics = dict(zip(STATISTICS, means.double().tolist()))
+    metrics["uniformity"] = float(means[-1].double().clamp_min(1e-38).log())
+    return metrics

@@ -1,0 +1,152 @@
+"""What the monitors see in real fits, healthy and provoked."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks.mining_monitor import diagnose, effective_rank, measure
+from errors import InputError
+from lightning_modules import losses
+from main import main
+
+SMALL = "--model.encoder.init_args.widths=[8,8,8]"
+
+
+@pytest.fixture
+def fit(tmp_path):
+    """Fits a triplet encoder on digits, measuring in every step; returns the CLI and what the monitor said."""
+
+    def call(*more, stop=False):
+        text = (CONFIGS / "triplet_encoder.yaml").read_text()
+        options = f"MiningMonitor\n      init_args: {{every_n_steps: 1, patience: 2, stop: {str(stop).lower()}}}"
+        (tmp_path / "config.yaml").write_text(text.replace("MiningMonitor", options))
+        args = ["--config", str(tmp_path / "config.yaml"), "--data=DigitsDataModule", "--data.batch_size=64", SMALL]
+        args += [f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            cli = main(["fit", *args, *more])
+        said = [str(w.message) for w in caught if str(w.message).startswith("step ")]
+        return cli, said
+
+    return call
+
+
+def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
+    cli, said = fit("--model.lr=0.05")
+    assert said == []
+    events = EventAccumulator(str(tmp_path / "runs/triplet_encoder/version_0")).Reload()
+    names = ("active", "positive", "negative", "norm", "spread", "effective_rank")
+    assert {f"mining/{n}" for n in names} <= set(events.Tags()["scalars"])
+    assert {"mining/d_ap", "mining/d_an", "mining/spread"} <= set(events.Tags()["histograms"])
+    assert {"active", "rank", "knn"} <= set(cli.trainer.progress_bar_metrics)
+    assert len(events.Scalars("mining/active")) == 16
+    sample = {f"val_sample/{n}" for n in ("knn_accuracy", "precision_at_1", "r_precision", "map_at_r", "alignment", "uniformity")}
+    assert sample <= set(events.Tags()["scalars"])
+    assert events.Scalars("mining/active")[-1].value < events.Scalars("mining/active")[0].value
+    assert events.Scalars("val_sample/knn_accuracy")[-1].value > 0.5
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        # A learning rate at which batch-hard pulls all embeddings together.
+        (["--model.loss=SoftMarginTripletLoss", "--model.lr=30", "--model.warmup=0"], "collapsed"),
+        (["--model.loss=TripletMarginLoss", "--model.loss.margin=0.000001", "--model.lr=1e-9"], "margin 1e-06 of .* is out of range"),
+        (["--model.loss=TripletMarginLoss", "--model.loss.margin=5000", "--model.lr=1e-9"], "margin 5000 of .* is out of range"),
+        (["--model.loss.temperature=30"], "temperature 30 of MultiNegativeLoss is out of range .*weigh alike"),
+        (["--model.loss.temperature=0.001"], "temperature 0.001 .*hardest pair"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_once_with_what_to_change(fit, options, words):
+    _, said = fit(*options)
+    assert said and re.search(words, said[0]), said
+    assert len(set(said)) == len(said) <= 3
+    assert re.search("lower|raise|give", said[0])
+
+
+@pytest.mark.parametrize(
+    "loss, words",
+    [
+        (["TripletMarginLoss", "triplets=all", "distance=EuclideanDistance", "distance.normalize=true"], "pinned at the margin 1"),
+        (["SoftMarginTripletLoss", "triplets=random", "distance=CosineDistance"], "pinned at ln 2"),
+    ],
+)
+def test_labels_that_say_nothing_about_the_images(fit, tiny, loss, words):
+    rng = np.random.default_rng(1)
+    with np.load(tiny / "cifar10_train.npz") as file:
+        np.savez(tiny / "cifar10_train.npz", images=file["images"], labels=rng.integers(0, 10, len(file["labels"])))
+    data = ["--data=CIFAR10DataModule", f"--data.root={tiny}", "--data.val_size=50", "--data.batch_size=60"]
+    _, said = fit(f"--model.loss={loss[0]}", *(f"--model.loss.{x}" for x in loss[1:]), *data, "--model.lr=1e-6")
+    assert len(said) == 1 and words in said[0] and "lower model.lr" in said[0]
+
+
+def test_nothing_active_any_more(fit):
+    # Two classes that are told apart at once.
+    options = ["--data.classes=[0,1]", "--data.batch_size=32", "--model.loss=TripletMarginLoss", "--model.loss.triplets=all"]
+    cli, said = fit(*options, "--model.loss.margin=0.1", "--model.lr=0.05", "--trainer.max_epochs=20", stop=True)
+    assert len(said) == 1 and "nothing is active any more" in said[0]
+    assert cli.trainer.current_epoch < 20  # stopped
+
+
+def test_embeddings_that_are_not_finite_end_the_fit_in_one_line(fit):
+    with pytest.raises(InputError, match="not finite at step .*lower model.lr"):
+        fit("--model.lr=1e30", "--trainer.precision=32-true")
+
+
+def test_a_batch_of_one_class_is_said(tmp_path):
+    measured, _ = measure(losses.MultiNegativeLoss(), torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
+    kind, sentence = diagnose(losses.MultiNegativeLoss(), measured, 0.0)
+    assert kind == "triplets" and "raise data.batch_size" in sentence
+
+
+def test_effective_rank():
+    generator = torch.Generator().manual_seed(0)
+    assert float(effective_rank(torch.randn(20000, 6, generator=generator))) == pytest.approx(6, abs=0.01)
+    line = torch.randn(50, 1, generator=generator) @ torch.randn(1, 6, generator=generator)
+    assert float(effective_rank(line)) == pytest.approx(1, abs=0.01)
+    assert float(effective_rank(torch.ones(5, 3))) == 0
+
+
+def test_measured_share_of_active_triplets_is_a_count():
+    generator = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(12, 3, generator=generator), torch.randint(3, (12,), generator=generator)
+    measured, histograms = measure(losses.TripletMarginLoss("all", 0.5), z, labels)
+    d = torch.cdist(z, z)
+    triplets = [(a, p, n) for a in range(12) for p in range(12) for n in range(12)
+                if a != p and labels[a] == labels[p] and labels[a] != labels[n]]  # fmt: skip
+    active = sum(bool(d[a, p] - d[a, n] + 0.5 > 0) for a, p, n in triplets)
+    assert measured["triplets"] == len(triplets) and measured["active"] == pytest.approx(active / len(triplets))
+    assert len(histograms["d_ap"]) + len(histograms["d_an"]) == 12 * 11
+
+
+@pytest.mark.parametrize("callback, option", [("MiningMonitor", "every_n_steps"), ("MiningMonitor", "patience"), ("RetrievalMonitor", "bank")])
+def test_impossible_options(tmp_path, refused, callback, option):
+    text = (CONFIGS / "triplet_encoder.yaml").read_text()
+    (tmp_path / "bad.yaml").write_text(text.replace(f"{callback}\n", f"{callback}\n      init_args: {{{option}: 0}}\n"))
+    if callback == "RetrievalMonitor":
+        (tmp_path / "bad.yaml").write_text(text.rstrip() + f"\n      init_args: {{{option}: 0}}\n")
+    refused("fit", "triplet_encoder", f"--config={tmp_path / 'bad.yaml'}", words=[f"{callback} {option} 0", "at least 1"])
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--model.loss=torch.nn.MSELoss"], ["MSELoss"]),
+        (["--model.loss=NoSuchLoss"], ["NoSuchLoss"]),
+        (["--model.loss=SoftMarginTripletLoss", "--model.loss.triplets=semihard"], ["semihard"]),
+        (["--model.loss=TripletMarginLoss", "--model.loss.triplets=easy"], ["easy"]),
+        (["--model.loss=TripletMarginLoss", "--model.loss.margin=-1"], ["margin -1", "above 0"]),
+        (["--model.loss.temperature=0"], ["temperature 0", "above 0"]),
+        (["--model.loss=TripletMarginLoss", "--model.loss.distance=MahalanobisDistance", "--model.loss.distance.dim=64"],
+         ["TripletMarginLoss", "width 128"]),
+        (["--data.batch_size=2"], ["batch_size 2", "three images"]),
+        (["--model.encoder=TorchvisionEncoder", "--model.encoder.model=resnet19"], ["resnet19", "no such model"]),
+    ],
+)  # fmt: skip
+def test_losses_and_miners_that_do_not_fit_are_refused(options, words, refused):
+    refused("fit", "triplet_encoder", *options, words=words)
