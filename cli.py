@@ -115,7 +115,8 @@ class CLI(LightningCLI):
         run = self._folder
         data = f" --data {type(self.datamodule).__name__}"
         if run is None:
-            return self._say("fit ended; nothing was written (--trainer.logger false)")
+            written = self.trainer.checkpoint_callback.dirpath
+            return self._say(f"fit ended; without a logger only checkpoints are written: {written}")
         if hasattr(self.model, "triplet_loss"):
             following = f"fit --config configs/linear_probe.yaml{data} --frozen_encoder.run {run}"
         else:

@@ -10,10 +10,12 @@ table of the probe's validation accuracy (best epoch) for each setting and learn
 
 import argparse
 import json
+import math
 import time
 import warnings
 from pathlib import Path
 
+from errors import InputError
 from main import main as command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -28,7 +30,11 @@ def margin(triplets: str) -> list[str]:
     return loss("TripletMarginLoss", triplets=triplets, margin=0.5, **sphere)
 
 
-BATCHES = {f"batch {b}": [f"--data.batch_size={b}", f"--model.lr={b / 1024}"] for b in (256, 512, 1024)}
+def batch(size: int) -> list[str]:
+    """The rate grows with the square root of the batch."""
+    return [f"--data.batch_size={size}", f"--model.lr={0.5 * (size / 512) ** 0.5:.2f}"]
+
+
 STUDIES = {
     "losses": {
         "multi-negative, τ 0.1 (default)": [],
@@ -50,7 +56,7 @@ STUDIES = {
         "no translation": ["--data.translate=0"],
         "translation by 4": ["--data.translate=4"],
     },
-    "batch": BATCHES,
+    "batch": {f"batch {size}": batch(size) for size in (128, 256, 512, 1024)},
     "width": {
         "32/128/128 (default)": [],
         "64/128/128": ["--model.encoder.widths=[64,128,128]"],
@@ -67,7 +73,10 @@ def run(out: Path, data_dir: str, overrides: list[str], seed: int, epochs: int) 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         start = time.monotonic()
-        command(["fit", *encoder, *overrides])
+        try:
+            command(["fit", *encoder, *overrides])
+        except InputError as error:  # MiningMonitor's, where a learning rate is too high for a loss
+            return {"val_accuracy": math.nan, "seconds": time.monotonic() - start, "said": [str(error)]}
         seconds = time.monotonic() - start
     said = [str(w.message) for w in caught if str(w.message).startswith("step ")]
     probe = command(["fit", "--config", str(CONFIGS / "linear_probe.yaml"), *common])

@@ -19,7 +19,7 @@ class FrozenEncoder(Callback):
     encoder is checked to be unchanged when the fit ends; its SHA-256 is in every checkpoint of the probe.
 
     With `unfreeze_at_epoch` the encoder stays as handed over until that epoch and is then trained on with the head: the
-    fine-tuning of the assignment's network B. Both digests are then in the checkpoint, that of the encoder handed over
+    fine-tuning of the assignment's network B; weight decay and `l2_lambda` stay the head's alone. Both digests are then in the checkpoint, that of the encoder handed over
     and that of the trained one (`trained_encoder_sha256`).
 
     Args:
@@ -47,8 +47,10 @@ class FrozenEncoder(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         takes_encoder = "encoder" in vars(pl_module) and pl_module.encoder is None
-        if self.run is not None and not takes_encoder:
-            raise InputError(f"frozen_encoder.run {self.run}: {type(pl_module).__name__} takes no encoder; only probes do")
+        for option in ("run", "unfreeze_at_epoch"):
+            if getattr(self, option) is not None and not takes_encoder:
+                name = type(pl_module).__name__
+                raise InputError(f"frozen_encoder.{option} {getattr(self, option)}: {name} takes no encoder; only probes do")
         if stage != "fit" or not takes_encoder:
             return
         runs = Path(trainer.logger.save_dir if trainer.logger else "runs")
@@ -73,7 +75,7 @@ class FrozenEncoder(Callback):
             raise InputError(
                 f"frozen_encoder.unfreeze_at_epoch {self.unfreeze_at_epoch}: the fit has only {trainer.max_epochs} epochs"
             )
-        if trainer.world_size > 1 and not trainer.strategy._ddp_kwargs.get("find_unused_parameters"):
+        if trainer.world_size > 1 and not getattr(trainer.strategy, "_ddp_kwargs", {}).get("find_unused_parameters"):
             raise InputError(
                 "frozen_encoder.unfreeze_at_epoch on several processes needs --trainer.strategy"
                 " ddp_find_unused_parameters_true, since the encoder has no gradient at first"
@@ -82,7 +84,7 @@ class FrozenEncoder(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
         # Not at the epoch's start, which a run resumed in the middle of one does not pass.
-        if self.unfreeze_at_epoch is None or pl_module.released or trainer.current_epoch < self.unfreeze_at_epoch:
+        if self.sha256 is None or self.unfreeze_at_epoch is None or pl_module.released or trainer.current_epoch < self.unfreeze_at_epoch:
             return
         if not self._was_released:
             self._assert_unchanged(pl_module)
@@ -99,16 +101,23 @@ class FrozenEncoder(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         if self.sha256 is not None:
-            checkpoint["encoder_sha256"] = self.sha256
+            checkpoint["encoder_sha256"], checkpoint["unfreeze_at_epoch"] = self.sha256, self.unfreeze_at_epoch
             if pl_module.released:
                 checkpoint["trained_encoder_sha256"] = encoder_sha256(pl_module.encoder)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        self._was_released = "trained_encoder_sha256" in checkpoint
-        if self.sha256 is not None and checkpoint.get("encoder_sha256") != self.sha256:
+        if self.sha256 is None:
+            return
+        if checkpoint.get("encoder_sha256") != self.sha256:
             raise InputError(
                 "this probe was fitted on another encoder than the one handed over now; give the same --frozen_encoder.run"
             )
+        if checkpoint.get("unfreeze_at_epoch") != self.unfreeze_at_epoch:
+            raise InputError(
+                f"this probe was fitted with frozen_encoder.unfreeze_at_epoch {checkpoint.get('unfreeze_at_epoch')}, this"
+                f" command says {self.unfreeze_at_epoch}; give the same, or start a new fit without --ckpt_path"
+            )
+        self._was_released = "trained_encoder_sha256" in checkpoint
 
 
 def encoder_from_checkpoint(path: Path) -> Encoder:

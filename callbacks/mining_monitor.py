@@ -16,9 +16,9 @@ class MiningMonitor(Callback):
     """Measures `pl_module.last_embeddings` in every so many steps of a fit, for TensorBoard and the progress bar.
 
     `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none);
-    `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n), with their histograms; `mining/norm`: mean
-    norm of the embeddings; `mining/spread`: mean standard deviation of a dimension, with its histogram;
-    `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong. Embeddings that are not finite
+    `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n) (histograms: `mining/d_ap`, `mining/d_an`);
+    `mining/norm`: mean norm of the embeddings; `mining/spread`: mean standard deviation of a dimension (histogram:
+    `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong. Embeddings that are not finite
     end the fit with InputError.
 
     Args:
@@ -32,7 +32,9 @@ class MiningMonitor(Callback):
             if value < 1:
                 raise InputError(f"MiningMonitor {name} {value}: must be at least 1")
         self.every_n_steps, self.patience, self.stop = every_n_steps, patience, stop
-        self._finding, self._times, self._said = None, 0, set()
+        self._times: dict[str, int] = {}  # measurements in a row that found it
+        self._said: set[str] = set()
+        self._measured_at = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not hasattr(pl_module, "triplet_loss"):
@@ -40,8 +42,9 @@ class MiningMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps:
+        if step == self._measured_at or step % self.every_n_steps:  # accumulated batches share a step
             return
+        self._measured_at = step
         z, labels = pl_module.last_embeddings
         loss = float(trainer.callback_metrics["loss"])
         if not (z.isfinite().all() and math.isfinite(loss)):
@@ -61,19 +64,18 @@ class MiningMonitor(Callback):
                     trainer.logger.experiment.add_histogram(f"mining/{name}", values, step)
         self._judge(trainer, diagnose(pl_module.triplet_loss, measured, loss))
 
-    def _judge(self, trainer: Trainer, found: tuple[str, str] | None) -> None:
-        kind = found and found[0]
-        self._times = self._times + 1 if kind == self._finding else 1
-        self._finding = kind
-        if kind is None or self._times < self.patience or kind in self._said:
-            return
-        self._said.add(kind)
-        sentence = f"step {trainer.global_step}: {found[1]}"
-        rank_zero_warn(sentence)
-        if trainer.logger and trainer.is_global_zero:
-            trainer.logger.experiment.add_text("mining/diagnosis", sentence, trainer.global_step)
-        if self.stop:
-            trainer.should_stop = True
+    def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
+        self._times = {kind: self._times.get(kind, 0) + 1 for kind in found}
+        for kind, what in found.items():
+            if self._times[kind] < self.patience or kind in self._said:
+                continue
+            self._said.add(kind)
+            sentence = f"step {trainer.global_step}: {what}"
+            rank_zero_warn(sentence)
+            if trainer.logger and trainer.is_global_zero:
+                trainer.logger.experiment.add_text("mining/diagnosis", sentence, trainer.global_step)
+            if self.stop:
+                trainer.should_stop = True
 
 
 @torch.no_grad()
@@ -82,15 +84,15 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
     distances = loss.distance.matrix(z)
     positive, negative = pair_masks(labels)
     triplets = (positive.sum(1) * negative.sum(1)).sum()
-    active = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum(dtype=torch.float64)
-    histograms = {"d_ap": distances[positive], "d_an": distances[negative], "spread": z.std(0)}
+    active = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum()
+    histograms = {"d_ap": distances[positive], "d_an": distances[negative], "spread_by_dimension": z.std(0)}
     measured = {
         "triplets": triplets,
         "active": active / triplets.clamp_min(1),
         "positive": distances[positive].sum() / positive.sum().clamp_min(1),
         "negative": distances[negative].sum() / negative.sum().clamp_min(1),
         "norm": z.norm(dim=1).mean(),
-        "spread": histograms["spread"].mean(),
+        "spread": histograms["spread_by_dimension"].mean(),
         # Between 0 (all embeddings alike) and 1 (their mean is the origin).
         "relative_spread": z.var(0, correction=0).sum().sqrt() / z.square().sum(1).mean().sqrt().clamp_min(1e-30),
         "effective_rank": effective_rank(z),
@@ -101,50 +103,41 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
 def effective_rank(z: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred z (B, D): between 1 and min(B, D), and 0
     where all rows are alike (O. Roy & M. Vetterli, "The Effective Rank", 2007)."""
-    z = (z - z.mean(0)).double()
+    z = (z - z.mean(0)).cpu().double()  # some devices have no float64
     values = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()
     total = values.sum()
     shares = values / total.clamp_min(1e-300)
     return torch.special.entr(shares).sum().exp() * (total > 0)
 
 
-def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> tuple[str, str] | None:
-    """What is wrong with a batch: (kind, a sentence that says what to change), or None. `value` is the loss."""
+def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[str, str]:
+    """What is wrong with a batch: by kind, a sentence that says what to change. `value` is the loss."""
     name, margin, temperature, pinned = type(loss).__name__, loss.margin, loss.temperature, loss.pinned_at
+    positive, negative = measured["positive"], measured["negative"]
+    easier = "lower model.lr, or choose easier triplets (all or random instead of hard), or MultiNegativeLoss"
+    found = {}
     if not measured["triplets"]:
-        return "triplets", "the batch has no triplets (one class, or no class twice): raise data.batch_size"
-    if temperature is not None and not 0.01 <= temperature <= 1:
-        what = "all pairs weigh alike" if temperature > 1 else "only the single hardest pair of each anchor has a gradient"
-        return "temperature", f"temperature {temperature:g} of {name} is out of range ({what}): give one in 0.05 … 0.5"
+        return {"triplets": "the batch has no triplets (one class, or no class twice): raise data.batch_size"}
     if measured["relative_spread"] < 0.02:
-        return "collapsed", (
-            f"collapsed: all embeddings are nearly alike (spread {measured['relative_spread']:.1e} of their norm, loss"
-            f" {value:.3g}): lower model.lr, or choose easier triplets (all or random instead of hard), or MultiNegativeLoss"
-        )
-    if measured["effective_rank"] < 1.5:
-        return "rank", (
-            f"collapsed: the embeddings lie on a line (effective rank {measured['effective_rank']:.2f}): lower model.lr,"
-            " or choose easier triplets (all or random instead of hard), or MultiNegativeLoss"
-        )
-    if margin is not None and margin > 10 * measured["negative"]:
-        return "margin", (
-            f"margin {margin:g} of {name} is out of range: negatives are {measured['negative']:.2g} away on average; give a"
-            " margin of about that size"
-        )
+        spread = f"spread {measured['relative_spread']:.1e} of their norm, loss {value:.3g}"
+        found["collapsed"] = f"collapsed: all embeddings are nearly alike ({spread}): {easier}"
+    elif measured["effective_rank"] < 1.5:
+        rank = f"effective rank {measured['effective_rank']:.2f}"
+        found["collapsed"] = f"collapsed: the embeddings lie on a line ({rank}): {easier}"
+    elif pinned is not None and abs(value - pinned) < 0.02 * pinned and abs(positive - negative) < 0.05 * negative:
+        where = "ln 2" if margin is None else f"the margin {margin:g}"
+        found["pinned"] = f"the loss is pinned at {where}: positives are as far away as negatives: {easier}"
     if margin is not None and measured["active"] == 0:
-        return "inactive", (
+        found["inactive"] = (
             f"nothing is active any more: every negative is farther away than every positive by more than {margin:g}; raise"
             " the margin of model.loss, or stop here"
         )
-    if margin is not None and margin < 0.005 * measured["negative"]:
-        return "margin", (
-            f"margin {margin:g} of {name} is out of range: negatives are {measured['negative']:.2g} away on average; give a"
-            " margin between a tenth of that and that"
+    elif margin is not None and not 0.005 * negative <= margin <= 10 * negative:
+        found["margin"] = (
+            f"margin {margin:g} of {name} is out of range: negatives are {negative:.2g} away on average; give a margin"
+            " between a tenth of that and that"
         )
-    if pinned is not None and abs(value - pinned) < 0.02 * pinned:
-        where = "ln 2" if margin is None else f"the margin {margin:g}"
-        return "pinned", (
-            f"the loss is pinned at {where}: positives are as far away as negatives; lower model.lr, or choose easier"
-            " triplets (all, semihard or random)"
-        )
-    return None
+    if temperature is not None and not 0.01 <= temperature <= 1:
+        what = "all pairs weigh alike" if temperature > 1 else "only the single hardest pair of each anchor has a gradient"
+        found["temperature"] = f"temperature {temperature:g} of {name} is out of range ({what}): give one in 0.05 … 0.5"
+    return found

@@ -48,13 +48,13 @@ class RetrievalMonitor(Callback):
         queries, labels = (torch.cat(x) for x in zip(*validation))
         bank, bank_labels = (torch.cat(x) for x in zip(*self._training))
         # Of every process's block of the validation images equally many.
-        wanted = -(-self.queries // trainer.world_size)
-        step = max(1, len(queries) // wanted)
-        queries, labels = queries[::step][:wanted].float(), labels[::step][:wanted]
+        wanted = min(-(-self.queries // trainer.world_size), len(queries))
+        index = torch.arange(wanted, device=queries.device) * len(queries) // wanted
+        queries, labels = queries[index].float(), labels[index]
         if trainer.world_size > 1:
             bank, bank_labels = (pl_module.all_gather(x).flatten(0, 1) for x in (bank, bank_labels))
         options = pl_module.num_classes, pl_module.knn_k, pl_module.knn_temperature
-        found = retrieval_statistics(queries, labels, bank.float(), bank_labels, *options).double()
+        found = retrieval_statistics(queries, labels, bank.float(), bank_labels, *options)
         sums = torch.cat([found.sum(0), found.new_tensor([len(found)])])
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
         metrics = retrieval_metrics(sums[:-1] / sums[-1])

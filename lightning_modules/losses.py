@@ -33,9 +33,8 @@ def dense_triplet_margin_loss(distances: Tensor, labels: Tensor, margin: float, 
     (FaceNet, section 3.2). `distances` (B, B), `labels` (B,). Exact, see `active_counts`.
     """
     counts = active_counts(distances, labels, margin, semihard)
-    active = counts.clamp_min(0).sum(dtype=torch.float64)
-    # Divided first: counts of billions of triplets times distances would cancel in float32.
-    mean = (counts / active.clamp_min(1)).to(distances.dtype).mul(distances).sum()
+    active = counts.clamp_min(0).sum()
+    mean = (counts / active.clamp_min(1)).mul(distances).sum()
     return mean + (active > 0).to(distances.dtype) * margin
 
 

@@ -63,12 +63,13 @@ class OnFrozenEncoder:
         return self
 
     def _trained(self) -> list[nn.Parameter]:
-        return [*self.head.parameters(), *(_trainable(self.encoder) if self.released else [])]
+        return list(self.head.parameters())  # what weight decay and l2_lambda act on
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = super().parameter_groups()
         if self.encoder_lr is not None:
-            groups.append({"params": _trainable(self.encoder), "weight_decay": 0.0, "lr": self.encoder_lr})
+            trained = [p for p in self.encoder.parameters() if p.requires_grad]
+            groups.append({"params": trained, "weight_decay": 0.0, "lr": self.encoder_lr})
         return groups
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -84,10 +85,6 @@ class OnFrozenEncoder:
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output, labels)
-
-
-def _trainable(encoder: Encoder) -> list[nn.Parameter]:
-    return [p for p in encoder.parameters() if p.requires_grad]
 
 
 class LinearProbe(OnFrozenEncoder, Stage):

@@ -22,7 +22,7 @@ def retrieval_statistics(
 ) -> Tensor:
     """What is nearest to each of the `queries` (Q, D) among the `bank` (N, D), by cosine similarity s: (Q, 6).
 
-    - knn_accuracy: 1 where the k nearest vote for the query's class, weighted by exp(s / τ) (Z. Wu et al.,
+    - knn_accuracy: 1 where the k nearest vote for the query's class, weighted by exp(s / τ) (up to a common factor) (Z. Wu et al.,
       "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4). k is cut to N.
     - precision_at_1: 1 where the nearest is of the query's class.
     - r_precision, map_at_r: with R images of the query's class in the bank, the share of its class among the R
@@ -43,7 +43,7 @@ def retrieval_statistics(
         nearest, index = similarity.topk(places, dim=1)
         neighbours = bank_labels[index]
         votes = torch.zeros(len(x), num_classes, device=bank.device)
-        votes.scatter_add_(1, neighbours[:, :k], (nearest[:, :k] / temperature).exp())
+        votes.scatter_add_(1, neighbours[:, :k], ((nearest[:, :k] - 1) / temperature).exp())
         of_class = neighbours == y[:, None]
         size = members[y].clamp_min(1)[:, None]
         hits = (of_class & (place <= members[y][:, None])).float()
@@ -64,6 +64,4 @@ def retrieval_statistics(
 
 def retrieval_metrics(means: Tensor) -> dict[str, float]:
     """The metrics by name, from the mean (6,) of `retrieval_statistics` over all queries."""
-    metrics = dict(zip(STATISTICS, means.double().tolist()))
-    metrics["uniformity"] = float(means[-1].double().clamp_min(1e-38).log())
-    return metrics
+    return {**dict(zip(STATISTICS, means.tolist())), "uniformity": float(means[-1].clamp_min(1e-38).log())}

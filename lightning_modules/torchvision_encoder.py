@@ -5,7 +5,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import get_model
+from torchvision import models
+from torchvision.models import get_model, list_models
 
 from errors import InputError
 from lightning_modules.encoders import Encoder
@@ -26,10 +27,12 @@ class TorchvisionEncoder(Encoder):
         self, model: str = "resnet18", stem: Literal["cifar", "imagenet"] = "cifar", image_size: int = 32
     ) -> None:
         super().__init__(model=model, stem=stem, image_size=image_size)
-        try:
-            self.net = get_model(model.removeprefix("torchvision.models."), weights=None)
-        except ValueError as error:
-            raise InputError(f"TorchvisionEncoder model {model}: torchvision has no such model") from error
+        name = model.removeprefix("torchvision.models.")
+        if name not in list_models(module=models):  # detection and others would download a pretrained backbone
+            raise InputError(f"TorchvisionEncoder model {model}: torchvision has no such classification model")
+        self.net = get_model(name, weights=None)
+        if getattr(self.net, "aux_logits", False):
+            raise InputError(f"TorchvisionEncoder model {model}: has auxiliary outputs; choose one without")
         if stem == "cifar":
             if not isinstance(getattr(self.net, "conv1", None), nn.Conv2d) or not hasattr(self.net, "maxpool"):
                 raise InputError(f"TorchvisionEncoder stem cifar: {model} has no ResNet's stem; give stem: imagenet")
@@ -39,9 +42,9 @@ class TorchvisionEncoder(Encoder):
         linear = [name for name, module in self.net.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise InputError(f"TorchvisionEncoder model {model}: ends in no linear layer whose inputs could be features")
-        parent, _, name = linear[-1].rpartition(".")
+        parent, _, last = linear[-1].rpartition(".")
         self.feature_dim = self.net.get_submodule(linear[-1]).in_features
-        setattr(self.net.get_submodule(parent), name, nn.Identity())
+        setattr(self.net.get_submodule(parent), last, nn.Identity())
         self.image_size = image_size
         self._check(model)
 

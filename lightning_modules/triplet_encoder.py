@@ -119,7 +119,7 @@ class TripletEncoder(Stage):
             bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"))
         bank_labels = self.trainer.datamodule.split("train").labels.to(self.device)
         options = self.num_classes, self.knn_k, self.knn_temperature
-        found = retrieval_statistics(queries, labels, bank, bank_labels, *options).double()
+        found = retrieval_statistics(queries, labels, bank, bank_labels, *options)
         # Every process asked for its own images; sum and count over all of them.
         sums = torch.cat([found.sum(0), found.new_tensor([len(found)])])
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")

@@ -6,6 +6,7 @@ from datamodules.loader import BatchLoader
 from errors import InputError
 from lightning_modules.encoders import FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
 from lightning_modules.losses import multi_negative_loss
+from lightning_modules.torchvision_encoder import TorchvisionEncoder
 
 
 def photos(count=200):
@@ -58,9 +59,21 @@ def test_grey_images_have_the_same_gradients_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "encoder, width", [(FastEncoder(), 128), (FastEncoder([8, 16, 24]), 24), (ReportEncoder(), 32), (ReportEncoder(7), 7)]
+    "make, width",
+    [
+        (FastEncoder, 128),
+        (lambda: FastEncoder([8, 16, 24]), 24),
+        (lambda: FastEncoder([8, 8, 16], residual=True), 16),
+        (ReportEncoder, 32),
+        (lambda: ReportEncoder(7), 7),
+        (TorchvisionEncoder, 512),
+        (lambda: TorchvisionEncoder("torchvision.models.mobilenet_v3_small", stem="imagenet"), 1024),
+        (lambda: TorchvisionEncoder("vgg11", stem="imagenet", image_size=64), 4096),
+    ],
 )
-def test_contract_and_rebuilding_from_the_spec(encoder, width):
+def test_contract_and_rebuilding_from_the_spec(make, width):
+    torch.manual_seed(0)
+    encoder = make()
     encoder.initialize(photos())
     encoder.eval()
     x = torch.rand(4, 3, 32, 32)
@@ -105,10 +118,40 @@ def test_specs_of_other_programs_are_refused(spec):
         build_encoder(spec)
 
 
-@pytest.mark.parametrize("make", [lambda: FastEncoder([1, 2]), lambda: FastEncoder([0, 1, 1]), lambda: ReportEncoder(0)])
-def test_impossible_widths_are_refused(make):
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: FastEncoder([1, 2]), "widths of three blocks"),
+        (lambda: FastEncoder([0, 1, 1]), "at least 1"),
+        (lambda: ReportEncoder(0), "at least 1"),
+        (lambda: TorchvisionEncoder("resnet19"), "no such classification model"),
+        (lambda: TorchvisionEncoder("fcn_resnet50"), "no such classification model"),
+        (lambda: TorchvisionEncoder("vgg11"), "stem: imagenet"),
+        (lambda: TorchvisionEncoder("squeezenet1_1", stem="imagenet"), "no linear layer"),
+        (lambda: TorchvisionEncoder("alexnet", stem="imagenet"), "image_size: 224"),
+        (lambda: TorchvisionEncoder("googlenet", stem="imagenet"), "auxiliary"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weights of the model will change")  # torchvision, of GoogLeNet
+def test_impossible_encoders_are_refused(make, words):
+    with pytest.raises(InputError, match=words):
         make()
+
+
+def test_resnet_has_the_stem_for_small_images():
+    encoder = TorchvisionEncoder("resnet18")
+    assert encoder.net.conv1.weight.shape == (64, 3, 3, 3) and encoder.net.conv1.stride == (1, 1)
+    assert encoder.net.layer4(encoder.net.layer3(torch.rand(1, 128, 16, 16))).shape == (1, 512, 4, 4)
+    # He et al.'s CIFAR variant has 11.17 million weights without the classifier.
+    assert sum(p.numel() for p in encoder.parameters()) == 11_168_832
+
+
+def test_residual_block_adds_its_input():
+    encoder = FastEncoder([4, 4, 4], residual=True).eval()
+    shortcut = encoder.blocks[0][4]
+    x = torch.rand(2, 4, 6, 6)
+    torch.testing.assert_close(shortcut(x), x + shortcut.layers(x))
+    assert len(shortcut.layers) == 5 and sum(p.ndim == 4 for p in encoder.blocks.parameters()) == 9
 
 
 def test_features_do_not_depend_on_the_place_in_the_batch_in_float32():

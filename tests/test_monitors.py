@@ -42,7 +42,8 @@ def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
     events = EventAccumulator(str(tmp_path / "runs/triplet_encoder/version_0")).Reload()
     names = ("active", "positive", "negative", "norm", "spread", "effective_rank")
     assert {f"mining/{n}" for n in names} <= set(events.Tags()["scalars"])
-    assert {"mining/d_ap", "mining/d_an", "mining/spread"} <= set(events.Tags()["histograms"])
+    assert {"mining/d_ap", "mining/d_an", "mining/spread_by_dimension"} <= set(events.Tags()["histograms"])
+    assert not set(events.Tags()["scalars"]) & set(events.Tags()["histograms"])  # TensorBoard shows a tag as one kind
     assert {"active", "rank", "knn"} <= set(cli.trainer.progress_bar_metrics)
     assert len(events.Scalars("mining/active")) == 16
     sample = {f"val_sample/{n}" for n in ("knn_accuracy", "precision_at_1", "r_precision", "map_at_r", "alignment", "uniformity")}
@@ -100,8 +101,14 @@ def test_embeddings_that_are_not_finite_end_the_fit_in_one_line(fit):
 
 def test_a_batch_of_one_class_is_said(tmp_path):
     measured, _ = measure(losses.MultiNegativeLoss(), torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
-    kind, sentence = diagnose(losses.MultiNegativeLoss(), measured, 0.0)
-    assert kind == "triplets" and "raise data.batch_size" in sentence
+    found = diagnose(losses.MultiNegativeLoss(), measured, 0.0)
+    assert list(found) == ["triplets"] and "raise data.batch_size" in found["triplets"]
+
+
+def test_a_loss_that_passes_its_margin_on_the_way_down_is_not_pinned():
+    healthy = {"triplets": 9, "relative_spread": 1, "effective_rank": 5, "active": 0.3, "positive": 0.8, "negative": 1.2}
+    assert diagnose(losses.TripletMarginLoss("hard", 0.5), healthy, 0.5) == {}
+    assert "pinned" in diagnose(losses.TripletMarginLoss("hard", 0.5), {**healthy, "positive": 1.19}, 0.5)
 
 
 def test_effective_rank():
@@ -145,7 +152,7 @@ def test_impossible_options(tmp_path, refused, callback, option):
         (["--model.loss=TripletMarginLoss", "--model.loss.distance=MahalanobisDistance", "--model.loss.distance.dim=64"],
          ["TripletMarginLoss", "width 128"]),
         (["--data.batch_size=2"], ["batch_size 2", "three images"]),
-        (["--model.encoder=TorchvisionEncoder", "--model.encoder.model=resnet19"], ["resnet19", "no such model"]),
+        (["--model.encoder=TorchvisionEncoder", "--model.encoder.model=resnet19"], ["resnet19", "no such classification model"]),
     ],
 )  # fmt: skip
 def test_losses_and_miners_that_do_not_fit_are_refused(options, words, refused):
