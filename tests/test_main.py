@@ -30,7 +30,6 @@ def test_shipped_config_fits_and_tests(tmp_path, config):
     steps = ["--trainer.max_steps=2"]
     if config in PROBES:
         shipped(tmp_path, "fit", "triplet_encoder", *steps)
-        steps += ["--frozen_encoder.unfreeze_at_epoch=0"] if config == "fine_tune" else []
     shipped(tmp_path, "fit", config, *steps)
     run = tmp_path / "runs" / config / "version_0"
     fitted = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
