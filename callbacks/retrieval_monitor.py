@@ -58,5 +58,5 @@ class RetrievalMonitor(Callback):
         sums = torch.cat([found.sum(0), found.new_tensor([len(found)])])
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
         metrics = retrieval_metrics(sums[:-1] / sums[-1])
-        pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False)
-        pl_module.log_dict({f"val_sample/{name}": value for name, value in metrics.items()})
+        pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
+        pl_module.log_dict({f"val_sample/{name}": value for name, value in metrics.items()}, sync_dist=True)

@@ -123,7 +123,8 @@ class TripletEncoder(Stage):
         # Every process asked for its own images; sum and count over all of them.
         sums = torch.cat([found.sum(0), found.new_tensor([len(found)])])
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        self.log_dict({f"{split}/{name}": value for name, value in retrieval_metrics(sums[:-1] / sums[-1]).items()})
+        metrics = {f"{split}/{name}": value for name, value in retrieval_metrics(sums[:-1] / sums[-1]).items()}
+        self.log_dict(metrics, sync_dist=True)  # the same on every process; said so that Lightning does not warn
 
 
 def _try(loss: BatchLoss, dim: int) -> None:
