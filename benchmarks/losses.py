@@ -88,14 +88,17 @@ def main() -> None:
 
     versions = f"torch {torch.__version__}, pytorch-metric-learning {pytorch_metric_learning.__version__}"
     print(f"{versions}, {torch.get_num_threads()} threads, {platform.machine()}; forward + backward, {WIDTH} dimensions")
-    print("| loss | B | ours, ms | peer, ms | peer / ours | largest difference | peak memory added, MiB |\n|---|---|---|---|---|---|---|")
+    print("| loss | B | ours, ms | peer, ms | peer / ours | largest difference | peak memory added, MiB |")
+    print("|---|---|---|---|---|---|---|")
     rows = []
     for size in options.sizes:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for row in compare(size, options.repetitions, options.limit):
             row["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
             rows.append(row)
-            peer = "– | – | –" if row["peer"] is None else f"{row['peer'] * 1e3:.1f} | {row['ratio']:.1f} | {row['difference']:.1e}"
+            peer = "– | – | –"
+            if row["peer"] is not None:
+                peer = f"{row['peer'] * 1e3:.1f} | {row['ratio']:.1f} | {row['difference']:.1e}"
             print(f"| {row['loss']} | {size} | {row['ours'] * 1e3:.1f} | {peer} | {row['peak_mib']:.0f} |", flush=True)
     if options.json:
         with open(options.json, "w") as file:

@@ -19,8 +19,8 @@ class FrozenEncoder(Callback):
     encoder is checked to be unchanged when the fit ends; its SHA-256 is in every checkpoint of the probe.
 
     With `unfreeze_at_epoch` the encoder stays as handed over until that epoch and is then trained on with the head: the
-    fine-tuning of the assignment's network B; weight decay and `l2_lambda` stay the head's alone. Both digests are then in the checkpoint, that of the encoder handed over
-    and that of the trained one (`trained_encoder_sha256`).
+    fine-tuning of the assignment's network B; weight decay and `l2_lambda` stay the head's alone. Both digests are then
+    in the checkpoint, that of the encoder handed over and that of the trained one (`trained_encoder_sha256`).
 
     Args:
         run: checkpoint file or run folder of an encoder (of a folder, the best checkpoint by validation); null: the
@@ -84,7 +84,7 @@ class FrozenEncoder(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
         # Not at the epoch's start, which a run resumed in the middle of one does not pass.
-        if self.sha256 is None or self.unfreeze_at_epoch is None or pl_module.released or trainer.current_epoch < self.unfreeze_at_epoch:
+        if self.unfreeze_at_epoch is None or pl_module.released or trainer.current_epoch < self.unfreeze_at_epoch:
             return
         if not self._was_released:
             self._assert_unchanged(pl_module)

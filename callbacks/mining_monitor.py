@@ -18,8 +18,8 @@ class MiningMonitor(Callback):
     `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none);
     `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n) (histograms: `mining/d_ap`, `mining/d_an`);
     `mining/norm`: mean norm of the embeddings; `mining/spread`: mean standard deviation of a dimension (histogram:
-    `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong. Embeddings that are not finite
-    end the fit with InputError.
+    `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong.
+    Embeddings or a loss that are not finite end the fit with InputError.
 
     Args:
         every_n_steps: steps between two measurements.
