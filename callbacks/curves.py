@@ -1,6 +1,7 @@
 """`metrics.csv` and `curves.png`: loss and accuracy over the steps, train and validation in one picture."""
 
 import csv
+import time
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -8,13 +9,17 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class Curves(Callback):
-    """Writes a row of `metrics.csv` for every step at which something was measured, and `curves.png` after each epoch.
+    """Writes a row of `metrics.csv` for every step at which something was measured, and `curves.png` after epochs.
 
-    A resumed run adds to the rows that are there. The picture goes to TensorBoard once, at the end.
+    Drawing takes longer than an epoch of a small stage: the picture is drawn again only when the last drawing is
+    `DRAW_EVERY` seconds ago, and at the end, when it goes to TensorBoard too. A resumed run adds to the rows there are.
     """
+
+    DRAW_EVERY = 20.0
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}
+        self._drawn_at = -self.DRAW_EVERY
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path = self._folder(trainer) / "metrics.csv" if trainer.logger else None
@@ -39,11 +44,15 @@ class Curves(Callback):
                 writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
                 writer.writeheader()
                 writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
-            self._figure().savefig(folder / "curves.png", dpi=120)
+            if time.monotonic() - self._drawn_at > self.DRAW_EVERY:
+                self._figure().savefig(folder / "curves.png", dpi=120)
+                self._drawn_at = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.logger and self.rows:
-            trainer.logger.experiment.add_figure("curves", self._figure(), trainer.global_step)
+            figure = self._figure()
+            figure.savefig(self._folder(trainer) / "curves.png", dpi=120)
+            trainer.logger.experiment.add_figure("curves", figure, trainer.global_step)
 
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.logger.log_dir)

@@ -46,7 +46,7 @@ class MiningMonitor(Callback):
             return
         self._measured_at = step
         z, labels = pl_module.last_embeddings
-        loss = float(trainer.callback_metrics["loss"])
+        loss = float(pl_module.last_loss)
         if not (z.isfinite().all() and math.isfinite(loss)):
             rate = trainer.optimizers[0].param_groups[0]["lr"]
             raise InputError(

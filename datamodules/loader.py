@@ -84,23 +84,26 @@ class BatchLoader:
         labels = () if self.labels is None else (self.labels[index],)
         if self.inputs.ndim == 2:
             return self.inputs[index], *labels
-        # One gather does index, crop and flip: the flat position of every wanted byte in the padded images.
+        if not self.translate:
+            pixels = self.inputs[index]
+            if mirrored is not None:
+                pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+        else:
+            pixels = self._crop(index, mirrored, shift)
+        return pixels.permute(0, 3, 1, 2).float().div_(255), *labels
+
+    def _crop(self, index: Tensor, mirrored: Tensor | None, shift: Tensor | None) -> Tensor:
+        """32×32 pixels of each padded image: the middle ones, or those at `shift`; mirrored where told."""
+        # One gather does index, crop and flip: the flat position of every wanted byte.
         size = 32 + 2 * self.translate
         grid = torch.arange(32, device=index.device)
         x, y = grid.expand(len(index), 32), grid.expand(len(index), 32)
         if mirrored is not None:
             x = torch.where(mirrored[:, None], 31 - x, x)
-        if shift is not None:
-            x, y = x + shift[0, :, None], y + shift[1, :, None]
-        elif self.translate:
-            x, y = x + self.translate, y + self.translate
-        if mirrored is None and shift is None and not self.translate:
-            pixels = self.inputs[index]
-        else:
-            rows = (index[:, None] * size + y) * size
-            channel = torch.arange(3, device=index.device)
-            pixels = self.inputs.take((rows[:, :, None, None] + x[:, None, :, None]) * 3 + channel)
-        return pixels.permute(0, 3, 1, 2).float().div_(255), *labels
+        dx, dy = (self.translate, self.translate) if shift is None else (shift[0, :, None], shift[1, :, None])
+        rows = (index[:, None] * size + y + dy) * size
+        channel = torch.arange(3, device=index.device)
+        return self.inputs.take((rows[:, :, None, None] + (x + dx)[:, None, :, None]) * 3 + channel)
 
 
 def _pad(images: Tensor, width: int) -> Tensor:

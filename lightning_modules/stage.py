@@ -84,30 +84,38 @@ class Stage(LightningModule):
         if stage == "fit":
             self.initialize(datamodule.split("train").images)
 
-    def _step(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def on_train_start(self) -> None:
+        self._registered = False
+
+    def _step(self, split: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, labels = batch
         output = self(inputs)
         loss = self.loss(output, labels)
         accuracy, mean_loss = self.accuracy[f"{split}/accuracy"], self.mean_loss[f"{split}/loss"]
-        accuracy(self.predicted_classes(output.detach(), labels), labels)
-        mean_loss(loss.detach(), len(labels))
-        options = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
-        self.log(f"{split}/loss", mean_loss, **options)
-        self.log(f"{split}/accuracy", accuracy, **options)
+        accuracy.update(self.predicted_classes(output.detach(), labels), labels)
+        mean_loss.update(loss.detach(), len(labels))
+        # The metrics sum up by themselves: Lightning has to hear of them once an epoch, and a call for every batch costs
+        # more than a probe's whole step. (A run resumed inside an epoch does not start at batch 0.)
+        if batch_idx == 0 or not self._registered:
+            self._registered = True
+            options = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
+            self.log(f"{split}/loss", mean_loss, **options)
+            self.log(f"{split}/accuracy", accuracy, **options)
         return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = self._step("train", batch)
-        self.log("loss", loss, prog_bar=True, logger=False)
+        loss = self._step("train", batch, batch_idx)
+        if batch_idx % max(1, self.trainer.log_every_n_steps) == 0:
+            self.log("loss", loss, prog_bar=True, logger=False)
         if self.l2_lambda:
             loss = loss + self.l2_lambda / 2 * sum(w.square().sum() for w in self._trained() if w.ndim > 1)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("val", batch)
+        self._step("val", batch, batch_idx)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("test", batch)
+        self._step("test", batch, batch_idx)
 
     def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""

@@ -81,12 +81,13 @@ class TripletEncoder(Stage):
             # With gradient: every process computes the loss of the whole global batch.
             output = self.all_gather(output, sync_grads=True).flatten(0, 1)
             labels = self.all_gather(labels).flatten()
-        if self.training:
-            self.last_embeddings = output.detach(), labels
         # Random triplets depend on (seed, step) alone; in evaluation they are the same each time.
         step = self._seed * 1_000_003 + self.global_step + 1 if self.training else 0
         with torch.autocast(output.device.type, enabled=False):
-            return self.triplet_loss(output.float(), labels, torch.Generator().manual_seed(step))
+            loss = self.triplet_loss(output.float(), labels, torch.Generator().manual_seed(step))
+        if self.training:
+            self.last_embeddings, self.last_loss = (output.detach(), labels), loss.detach()
+        return loss
 
     def predicted_classes(self, output: Tensor, labels: Tensor) -> Tensor:
         z = F.normalize(output.float(), dim=1)
