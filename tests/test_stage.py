@@ -7,6 +7,7 @@ from pytorch_lightning import Trainer
 from datamodules import DigitsDataModule
 from errors import InputError
 from lightning_modules import LogisticRegression, SoftmaxRegression
+from lightning_modules.regression import PixelLinear
 from lightning_modules.stage import Triangle
 
 
@@ -32,6 +33,19 @@ def test_a_step_of_gradient_descent_with_l2_is_the_closed_form():
     error = (x @ start.T).softmax(1) - torch.nn.functional.one_hot(y, 10)
     expected = start - 0.1 * (error.T @ x / len(x) + 0.5 * start)
     torch.testing.assert_close(model.linear.weight.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pixels_are_normalised_whatever_their_memory_format():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (20, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    layer = PixelLinear(4)
+    layer.initialize(images)
+    torch.nn.init.normal_(layer.weight, generator=generator)
+    x = images.permute(0, 3, 1, 2).float() / 255
+    normalised = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True, correction=0)
+    expected = normalised.flatten(1) @ layer.weight.T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(layer(x.contiguous()), layer(x.contiguous(memory_format=torch.channels_last)))
 
 
 def test_logged_validation_metrics_are_those_of_all_validation_images():
