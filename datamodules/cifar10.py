@@ -4,6 +4,7 @@ Images", 2009)."""
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import torch
 from torchvision.datasets import CIFAR10
 
@@ -58,7 +59,8 @@ class CIFAR10DataModule(InMemoryDataModule):
         if path is not None:
             return read_npz(path, len(self.CLASSES), labels_required=split == "train")
         dataset = self._torchvision(split, download=False)
-        return ImageSet(torch.from_numpy(dataset.data), torch.tensor(dataset.targets))
+        # torchvision's array is a view of channel-first data, whose batches would not be channels last in memory.
+        return ImageSet(torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets))
 
     def _npz(self, split: str) -> Path | None:
         if self.npz[split] is not None:

@@ -1,6 +1,9 @@
+import pickle
+
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 from datamodules import CIFAR10DataModule, DigitsDataModule
 from datamodules.arrays import stratified_split
@@ -17,6 +20,24 @@ def reference(image, mirrored, dx, dy, width):
     padded = np.pad(image.numpy(), ((width, width), (width, width), (0, 0)), mode="reflect")
     crop = padded[dy : dy + 32, dx : dx + 32]
     return torch.from_numpy((crop[:, ::-1] if mirrored else crop).copy()).permute(2, 0, 1).float() / 255
+
+
+def test_torchvisions_copy_is_read_and_delivered_channels_last(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)  # these are not its bytes
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR10DataModule.CLASSES}))
+    batches = [images(count=20, seed=k) for k in range(6)]
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    for name, batch in zip(names, batches):
+        content = {"data": batch.permute(0, 3, 1, 2).reshape(20, 3072).numpy(), "labels": [k % 10 for k in range(20)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    data = CIFAR10DataModule(root=str(tmp_path), val_size=10)
+    train, test = data.load("train"), data.load("test")
+    assert torch.equal(train.images, torch.cat(batches[:5])) and torch.equal(test.images, batches[5])
+    assert train.labels.tolist() == [k % 10 for k in range(20)] * 5
+    batch, _ = next(iter(BatchLoader(*data.split("train"), 30)))
+    assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_split_is_stratified_disjoint_and_fixed():
