@@ -5,14 +5,15 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from errors import InputError
+from lightning_modules.distributed import gather_objects, world
 from lightning_modules.retrieval import retrieval_metrics, retrieval_statistics
 
 
 class RetrievalMonitor(Callback):
     """Logs `val_sample/knn_accuracy` and the other metrics of `retrieval_statistics` after every validation.
 
-    The queries are a sample of the validation images; the bank are the training images of the last steps, with the
-    features they had then: augmented, under the weights and batch statistics of their step. That costs no pass through
+    The queries are a sample of the validation images; the bank are the training images of the epoch's last steps, with
+    the features they had then: augmented, under the weights and batch statistics of their step. That costs no pass through
     the network, and is an estimate; `validate` and `test` compute the metrics in full.
 
     Args:
@@ -32,6 +33,17 @@ class RetrievalMonitor(Callback):
         if not hasattr(pl_module, "triplet_loss"):
             raise InputError(f"RetrievalMonitor watches triplet encoders; {type(pl_module).__name__} is none")
 
+    def state_dict(self) -> dict:
+        return {"bank": gather_objects([(x.cpu(), labels.cpu()) for x, labels in self._training])}
+
+    def load_state_dict(self, state: dict) -> None:
+        banks = state["bank"]
+        rank, processes = world()
+        self._training = banks[rank] if len(banks) == processes else []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._training = []
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         self._training.append((pl_module.last_features, batch[1]))
         size = len(batch[1]) * trainer.world_size
@@ -46,11 +58,14 @@ class RetrievalMonitor(Callback):
         if trainer.sanity_checking or not validation or not self._training:
             return
         queries, labels = (torch.cat(x) for x in zip(*validation))
-        bank, bank_labels = (torch.cat(x) for x in zip(*self._training))
-        # Of every process's block of the validation images equally many.
-        wanted = min(-(-self.queries // trainer.world_size), len(queries))
-        index = torch.arange(wanted, device=queries.device) * len(queries) // wanted
-        queries, labels = queries[index].float(), labels[index]
+        bank, bank_labels = (torch.cat([part.to(pl_module.device) for part in x]) for x in zip(*self._training))
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._training = []  # out of the checkpoints of epochs' ends
+        # Evenly spread over the whole split, of which each process has a block.
+        block, images = trainer.val_dataloaders.block, trainer.val_dataloaders.num_samples
+        chosen = torch.arange(min(self.queries, images)) * images // min(self.queries, images)
+        chosen = chosen[(chosen >= block.start) & (chosen < block.start + len(queries))].to(queries.device) - block.start
+        queries, labels = queries[chosen].float(), labels[chosen]
         if trainer.world_size > 1:
             bank, bank_labels = (pl_module.all_gather(x).flatten(0, 1) for x in (bank, bank_labels))
         options = pl_module.num_classes, pl_module.knn_k, pl_module.knn_temperature

@@ -1,5 +1,6 @@
 """Images and labels as arrays: reading them from .npz, checking them, splitting them."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -67,6 +68,13 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
         i = int(outside.argmax())
         raise InputError(f"{path}: label {labels[i]} of image {i} is outside 0..{num_classes - 1}")
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def images_sha256(images: ImageSet) -> str:
+    """Digest of all pixels and labels, in order."""
+    digest = hashlib.sha256(np.ascontiguousarray(images.images.numpy()))
+    digest.update(np.ascontiguousarray(images.labels.numpy()))
+    return digest.hexdigest()
 
 
 def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 
-from datamodules.arrays import ImageSet, select_classes, stratified_split
+from datamodules.arrays import ImageSet, images_sha256, select_classes, stratified_split
 from datamodules.loader import BatchLoader
 from errors import InputError
 
@@ -42,6 +42,7 @@ class InMemoryDataModule(LightningDataModule):
         self.classes, self.val_size, self.split_seed = classes, val_size, split_seed
         self.batch_size, self.flip, self.translate = batch_size, flip, translate
         self._sets: dict[str, ImageSet] = {}
+        self._sha256: str | None = None
 
     def load(self, split: str) -> ImageSet:
         """Reads all `train` or all `test` images; only test images may come without labels."""
@@ -60,6 +61,8 @@ class InMemoryDataModule(LightningDataModule):
         return self.flip or self.translate > 0
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         if stage in ("fit", "validate"):
             train = self.split("train")
             if stage == "fit" and self.batch_size > len(train.labels):
@@ -83,6 +86,7 @@ class InMemoryDataModule(LightningDataModule):
             images = self.load("train")
             if len(images.labels.unique()) < 2:
                 raise InputError("the training labels name only one class; at least two are needed")
+            self._all_labels, self._sha256 = images.labels, images_sha256(images)
             parts = (ImageSet(*(x[i] for x in images)) for i in stratified_split(images.labels, self.val_size, self.split_seed))
             for part, chosen in zip(("train", "val"), parts):
                 if self.classes is not None:
@@ -92,6 +96,21 @@ class InMemoryDataModule(LightningDataModule):
                             raise InputError(f"data.classes {self.classes}: no image of class {label} in the {part} split")
                 self._sets[part] = chosen
         return self._sets[name]
+
+    @property
+    def fingerprint(self) -> dict[str, str | int]:
+        """Which images are trained on: what a checkpoint carries and must agree on. Has the digest of the training file
+        only where that has been read, which `test` and `predict` do not."""
+        split = {"val_size": self.val_size, "split_seed": self.split_seed}
+        return split if self._sha256 is None else {**split, "train_sha256": self._sha256}
+
+    def seen_in_validation(self, val_size: int, split_seed: int) -> int:
+        """How many of this module's validation images a fit with that other split of the same file has trained on."""
+        trained_on, _ = stratified_split(self._all_labels, val_size, split_seed)
+        _, held_out = stratified_split(self._all_labels, self.val_size, self.split_seed)
+        if self.classes is not None:
+            held_out = held_out[torch.isin(self._all_labels[held_out], torch.tensor(self.classes))]
+        return int(torch.isin(held_out, trained_on).sum())
 
     def replace_images(self, features: dict[str, Tensor]) -> None:
         """Puts features (N, D) in place of the images of the splits named."""
@@ -104,8 +123,7 @@ class InMemoryDataModule(LightningDataModule):
         return BatchLoader(inputs.to(self._device), labels.to(self._device), self.batch_size)
 
     def train_dataloader(self) -> BatchLoader:
-        seed = self.trainer.strategy.broadcast(torch.initial_seed())
-        return self._loader("train", seed=seed, flip=self.flip, translate=self.translate)
+        return self._loader("train", seed=self._seed, flip=self.flip, translate=self.translate)
 
     def val_dataloader(self) -> BatchLoader:
         return self._loader("val")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError
+from lightning_modules.distributed import SharedDropout
 from lightning_modules.encoders import Encoder, build_encoder
 from lightning_modules.stage import Stage
 
@@ -119,6 +120,6 @@ class MLPProbe(OnFrozenEncoder, Stage):
 
     def build_head(self, feature_dim: int) -> nn.Module:
         return nn.Sequential(
-            nn.Linear(feature_dim, self.hidden_dim), nn.ReLU(), nn.Dropout(self.dropout),
+            nn.Linear(feature_dim, self.hidden_dim), nn.ReLU(), SharedDropout(self.dropout),
             nn.Linear(self.hidden_dim, self.num_classes),
         )  # fmt: skip

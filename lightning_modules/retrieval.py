@@ -33,6 +33,8 @@ def retrieval_statistics(
 
     `labels` (Q,) and `bank_labels` (N,) int64 in [0, num_classes).
     """
+    if not len(queries):
+        return bank.new_zeros(0, len(STATISTICS))
     bank = F.normalize(bank, dim=1)
     members = bank_labels.bincount(minlength=num_classes)
     places = max(int(members[labels.unique()].max()), min(k, len(bank)))

@@ -2,13 +2,15 @@
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from errors import InputError
+from lightning_modules.distributed import gather_objects, share_batch_norm
 
 SPLITS = ("train", "val", "test")
 
@@ -61,6 +63,7 @@ class Stage(LightningModule):
         self.schedule, self.warmup = schedule, warmup
         self.plateau = {"factor": plateau_factor, "patience": plateau_patience}
         self.class_names: list[str] | None = None
+        self._resumed_metrics: dict[str, dict[str, Tensor]] = {}
         self.accuracy = nn.ModuleDict({f"{s}/accuracy": MulticlassAccuracy(num_classes, average="micro") for s in SPLITS})
         self.mean_loss = nn.ModuleDict({f"{s}/loss": MeanMetric() for s in SPLITS})
 
@@ -82,18 +85,31 @@ class Stage(LightningModule):
             raise InputError(f"model.num_classes {self.num_classes}: the data has {datamodule.num_classes} classes")
         self.class_names = datamodule.class_names
         if stage == "fit":
+            self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
             self.initialize(datamodule.split("train").images)
+            share_batch_norm(self)
 
     def on_train_start(self) -> None:
         self._registered = False
+        for name, states in self._resumed_metrics.items():
+            for key, value in states.items():
+                setattr(self._train_metrics[name], key, value.to(self.device))
+            self._train_metrics[name]._update_count = 1
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # Whatever is drawn in a step depends on the step alone: the same on every process and after a resume.
+        key = (self._seed, self.current_epoch, batch_idx)
+        self._step_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        torch.manual_seed(self._step_seed)
 
     def _step(self, split: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, labels = batch
         output = self(inputs)
         loss = self.loss(output, labels)
         accuracy, mean_loss = self.accuracy[f"{split}/accuracy"], self.mean_loss[f"{split}/loss"]
-        accuracy.update(self.predicted_classes(output.detach(), labels), labels)
-        mean_loss.update(loss.detach(), len(labels))
+        if len(labels):  # a process may have no images of its own in an evaluation
+            accuracy.update(self.predicted_classes(output.detach(), labels), labels)
+            mean_loss.update(loss.detach(), len(labels))
         # The metrics sum up by themselves: Lightning has to hear of them once an epoch, and a call for every batch costs
         # more than a probe's whole step. (A run resumed inside an epoch does not start at batch 0.)
         if batch_idx == 0 or not self._registered:
@@ -162,15 +178,31 @@ class Stage(LightningModule):
         """What a checkpoint must agree on with the module that loads it; plain types."""
         return {"module": type(self).__name__, "class_names": self.class_names}
 
+    @property
+    def _train_metrics(self) -> dict[str, Metric]:
+        return {"loss": self.mean_loss["train/loss"], "accuracy": self.accuracy["train/accuracy"]}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = self.identity
+        checkpoint["data"] = self.trainer.datamodule.fingerprint
+        if self.trainer.state.fn == "fit" and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            # What each process has summed up in an epoch that is not over.
+            states = {k: {s: v.cpu() for s, v in m.metric_state.items()} for k, m in self._train_metrics.items()}
+            checkpoint["train_metrics"] = gather_objects(states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        ranks = checkpoint.get("train_metrics", [])
+        if self.trainer.state.fn == "fit" and len(ranks) == self.trainer.world_size:
+            self._resumed_metrics = ranks[self.global_rank]
         # Runs before the weights are loaded: one line here instead of a page of size mismatches there.
         saved, hint = checkpoint.get("stage") or {}, "start from the run's own --config RUN/config.yaml"
         for name, value in self.identity.items():
             if saved.get(name) != value:
                 raise InputError(f"the checkpoint's {name} is {saved.get(name)}, this command's is {value}; {hint}")
+        trained_on = checkpoint.get("data") or {}
+        for name, value in self.trainer.datamodule.fingerprint.items():
+            if trained_on.get(name) != value:
+                raise InputError(f"the checkpoint's data.{name} is {trained_on.get(name)}, this command's is {value}; {hint}")
         shapes, own = ({k: tuple(v.shape) for k, v in d.items()} for d in (checkpoint["state_dict"], self.state_dict()))
         for name in [*own, *shapes]:
             if shapes.get(name) != own.get(name):

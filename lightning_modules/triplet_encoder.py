@@ -25,6 +25,9 @@ class TripletEncoder(Stage):
         encoder: the network whose features probes and kNN read.
         loss: a BatchLoss, called as loss(z, labels, generator), such as MultiNegativeLoss or TripletMarginLoss.
         z_dim: width of the projection head, a linear layer used for the loss only; null for none.
+        global_mining: on several processes, gather the embeddings of the whole global batch, so that the loss is the one
+            that a single process would have; false: each process on its own slice alone, with less communication, fewer
+            triplets and another loss.
         mirror: average features over each image and its mirror image; null: where the training data is flipped.
         knn_k: neighbours that vote.
         knn_temperature: τ of their weights exp(s / τ).
@@ -35,6 +38,7 @@ class TripletEncoder(Stage):
         encoder: Encoder,
         loss: BatchLoss,
         z_dim: int | None = 128,
+        global_mining: bool = True,
         mirror: bool | None = None,
         knn_k: int = 20,
         knn_temperature: float = 0.07,
@@ -50,7 +54,8 @@ class TripletEncoder(Stage):
             raise InputError(f"model.knn_temperature {knn_temperature}: must be above 0")
         self.encoder = encoder.to(memory_format=torch.channels_last)
         self.head = nn.Identity() if z_dim is None else nn.Linear(encoder.feature_dim, z_dim, bias=False)
-        self.triplet_loss, self.mirror, self.knn_k, self.knn_temperature = loss, mirror, knn_k, knn_temperature
+        self.triplet_loss, self.global_mining, self.mirror = loss, global_mining, mirror
+        self.knn_k, self.knn_temperature = knn_k, knn_temperature
         self._queries: list[tuple[Tensor, Tensor]] = []
         _try(loss, encoder.feature_dim if z_dim is None else z_dim)
 
@@ -68,7 +73,6 @@ class TripletEncoder(Stage):
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)
         self.encoder.mirror.fill_(self.trainer.datamodule.flip if self.mirror is None else self.mirror)
-        self._seed = self.trainer.strategy.broadcast(torch.initial_seed()) % 2**31
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, z_dim)."""
@@ -77,21 +81,26 @@ class TripletEncoder(Stage):
         return self.head(features)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        if self.training and self.trainer.world_size > 1:
+        if self.training and self.trainer.world_size > 1 and self.global_mining:
             # With gradient: every process computes the loss of the whole global batch.
             output = self.all_gather(output, sync_grads=True).flatten(0, 1)
             labels = self.all_gather(labels).flatten()
-        # Random triplets depend on (seed, step) alone; in evaluation they are the same each time.
-        step = self._seed * 1_000_003 + self.global_step + 1 if self.training else 0
+        # Random triplets depend on the step alone; in evaluation they are the same each time.
+        seed = self._step_seed + (0 if self.global_mining else self.global_rank) if self.training else 0
         with torch.autocast(output.device.type, enabled=False):
-            loss = self.triplet_loss(output.float(), labels, torch.Generator().manual_seed(step))
+            z = output if output.dtype == torch.float64 else output.float()
+            loss = self.triplet_loss(z, labels, torch.Generator().manual_seed(seed % 2**63))
         if self.training:
             self.last_embeddings, self.last_loss = (output.detach(), labels), loss.detach()
         return loss
 
     def predicted_classes(self, output: Tensor, labels: Tensor) -> Tensor:
-        z = F.normalize(output.float(), dim=1)
-        return labels[(z @ z.T).fill_diagonal_(-2).argmax(1)]
+        # While training among the global batch, where this process's images stand behind those of the lower ranks.
+        bank, bank_labels = self.last_embeddings if self.training else (output, labels)
+        own = torch.arange(len(labels), device=labels.device)
+        similarity = F.normalize(output.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
+        similarity[own, own + (self.global_rank * len(labels) if len(bank) > len(labels) else 0)] = -2
+        return bank_labels[similarity.argmax(1)]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
