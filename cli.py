@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, LightningModule
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 import datamodules  # noqa: F401  (short class names on the command line)
 import lightning_modules  # noqa: F401
-from callbacks import FrozenEncoder, RunFiles, RunLogger
-from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder
+from callbacks import FrozenEncoder, LastCheckpoint, RunFiles, RunLogger
+from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_checkpoint, run_folder
 from errors import InputError
 
 
@@ -56,8 +56,7 @@ class CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFiles,
-            # ModelCheckpoint's save_last writes only when the monitored one was better, so that `last` would be the best.
-            trainer_defaults={"callbacks": [ModelCheckpoint(filename="last", enable_version_counter=False)]},
+            trainer_defaults={"callbacks": [LastCheckpoint()]},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=OneLineParser,
@@ -81,9 +80,12 @@ class CLI(LightningCLI):
         logger = config.trainer.logger
         named = hasattr(logger, "class_path") and "name" in logger.init_args
         self.runs = Path(logger.init_args.save_dir) / logger.init_args.name if named else Path("runs")
+        for path in (self.runs, *self.runs.parents):
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{path}: not a folder, and the run's folder is to lie in it; give --trainer.logger.save_dir")
         self.checkpoint = None
         if config.ckpt_path is not None:
-            prefer = "last" if command == "fit" else "best"
+            prefer = "start" if command == "fit" else "best"
             self.checkpoint = resolve_checkpoint(config.ckpt_path, self.runs, prefer)
             load_checkpoint(self.checkpoint)
             config.ckpt_path = str(self.checkpoint)
@@ -96,6 +98,8 @@ class CLI(LightningCLI):
             trainer.precision = "bf16-mixed" if bf16_is_native(trainer.accelerator) else "32-true"
 
     def after_instantiate_classes(self) -> None:
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         logger = self.trainer.logger
         if self.checkpoint is None or not isinstance(logger, RunLogger):
             return

@@ -1,5 +1,6 @@
 from callbacks.curves import Curves
 from callbacks.frozen_encoder import FrozenEncoder
+from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.mining_monitor import MiningMonitor
 from callbacks.predictions import PredictionWriter
 from callbacks.retrieval_monitor import RetrievalMonitor
@@ -10,6 +11,7 @@ from callbacks.tsne import TSNE
 __all__ = [
     "Curves",
     "FrozenEncoder",
+    "LastCheckpoint",
     "MiningMonitor",
     "PredictionWriter",
     "RetrievalMonitor",

@@ -1,14 +1,51 @@
-"""Finding and reading checkpoints: one resolver for the command line and for the hand-over of the encoder."""
+"""Finding, reading and writing checkpoints: one resolver for the command line and for the hand-over of the encoder."""
 
+import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 
 from errors import InputError
 
 FINISHED = "finished.json"  # written into a run's folder when its fit has ended
+STEP0, LAST, PREVIOUS = "step0.ckpt", "last.ckpt", "previous.ckpt"  # untrained; to go on from; the one before that
+
+
+def write_atomically(path: Path, write) -> None:
+    """Calls `write(file)` with a binary file that takes the place of `path` once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == LAST and path.exists():
+            path.replace(path.with_name(PREVIOUS))
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name too
+        os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """A checkpoint is written whole or not at all, whenever the process is killed or the disk is full."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        try:
+            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError where the disk is full
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"{path}: the checkpoint cannot be written ({reason}); earlier ones are intact: make room and go on with"
+                " --ckpt_path last"
+            ) from error
 
 
 def run_folders(runs: Path) -> list[Path]:
@@ -27,12 +64,13 @@ def newest_finished(runs: Path) -> Path:
 
 def resolve_checkpoint(path: str, runs: Path, prefer: str = "best") -> Path:
     """The checkpoint file that `path` means: a file, a run folder (its `prefer` one), or `best` / `last` of the newest
-    run in the folder `runs`. Raises InputError where it does not exist."""
+    run in the folder `runs`; `start`, for a fit that goes on: `last`, or the untrained one where a run did not get
+    farther. A damaged last checkpoint is warned of, and the one before it taken. Raises InputError where there is none."""
     if path in ("best", "last"):
         with_checkpoints = [p for p in run_folders(runs) if (p / "checkpoints").is_dir()]
         if not with_checkpoints:
             raise InputError(f"--ckpt_path {path}: no run with checkpoints in {runs}; fit first, or name a file or folder")
-        return _in_run(with_checkpoints[-1], path)
+        return _in_run(with_checkpoints[-1], "start" if (path, prefer) == ("last", "start") else path)
     if Path(path).is_file():
         return Path(path)
     if not Path(path).is_dir():
@@ -46,15 +84,24 @@ def run_folder(checkpoint: Path) -> Path | None:
 
 
 def _in_run(run: Path, which: str) -> Path:
-    last = run / "checkpoints" / "last.ckpt"
-    if not last.is_file():
+    kept = [run / "checkpoints" / name for name in ((LAST, PREVIOUS, STEP0) if which == "start" else (LAST, PREVIOUS))]
+    kept = [path for path in kept if path.is_file()]
+    if not kept:
         raise InputError(f"{run}: not a run folder with checkpoints/last.ckpt; name a checkpoint file, or fit first")
-    if which == "last":
+    while True:
+        last = kept.pop(0)
+        try:
+            states = load_checkpoint(last).get("callbacks", {})
+            break
+        except InputError as error:
+            if not kept:
+                raise
+            warnings.warn(f"{error}; {kept[0]} is used instead", stacklevel=2)
+    if which != "best":
         return last
-    states = load_checkpoint(last).get("callbacks", {})
     monitors = [s for key, s in states.items() if key.startswith("ModelCheckpoint") and s["monitor"] is not None]
     best = monitors[0]["best_model_path"] if monitors else ""
-    path = last.with_name(Path(best).name) if best else last
+    path = run / "checkpoints" / Path(best).name if best else last
     if not path.is_file():
         raise InputError(f"{path}: the best checkpoint of this run is gone; name another file")
     return path

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from callbacks.checkpoints import load_checkpoint, newest_finished, resolve_checkpoint
 from errors import InputError
@@ -56,6 +56,7 @@ class FrozenEncoder(Callback):
         runs = Path(trainer.logger.save_dir if trainer.logger else "runs")
         path = resolve_checkpoint(self.run or str(newest_finished(runs / "triplet_encoder")), runs / "triplet_encoder")
         encoder = encoder_from_checkpoint(path).eval().to(trainer.strategy.root_device)
+        _check_data(path, load_checkpoint(path), trainer.datamodule)
         self.sha256 = encoder_sha256(encoder)
         if self.unfreeze_at_epoch is not None:
             self._prepare_release(trainer, pl_module)
@@ -118,6 +119,23 @@ class FrozenEncoder(Callback):
                 f" command says {self.unfreeze_at_epoch}; give the same, or start a new fit without --ckpt_path"
             )
         self._was_released = "trained_encoder_sha256" in checkpoint
+
+
+def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -> None:
+    """Raises InputError unless the encoder was trained on the classes and the split that the probe is trained on."""
+    names, data = (checkpoint.get("stage") or {}).get("class_names"), checkpoint.get("data") or {}
+    if names != datamodule.class_names:
+        raise InputError(f"{path}: an encoder of the classes {names}; this command's are {datamodule.class_names}; give the same data")
+    own = datamodule.fingerprint
+    if data.get("train_sha256") != own["train_sha256"]:
+        raise InputError(f"{path}: the encoder was trained on other images than this command's; give it the same data")
+    if data != own:
+        split = f"data.val_size {data['val_size']} and data.split_seed {data['split_seed']}"
+        seen = datamodule.seen_in_validation(data["val_size"], data["split_seed"])
+        raise InputError(
+            f"{path}: the encoder was trained with {split} and has seen {seen} of this command's validation images; give"
+            " the same split, or fit the encoder again"
+        )
 
 
 def encoder_from_checkpoint(path: Path) -> Encoder:

@@ -40,6 +40,12 @@ class MiningMonitor(Callback):
         if not hasattr(pl_module, "triplet_loss"):
             raise InputError(f"MiningMonitor watches triplet encoders; {type(pl_module).__name__} is none")
 
+    def state_dict(self) -> dict:
+        return {"times": self._times, "said": sorted(self._said), "measured_at": self._measured_at}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._times, self._said, self._measured_at = state["times"], set(state["said"]), state["measured_at"]
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
         if step == self._measured_at or step % self.every_n_steps:  # accumulated batches share a step

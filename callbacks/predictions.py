@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import Tensor, distributed
+from torch import Tensor
 
 from errors import InputError
+from lightning_modules.distributed import gather_objects
 
 
 class PredictionWriter(Callback):
@@ -29,12 +30,9 @@ class PredictionWriter(Callback):
         self._blocks.append(outputs.cpu())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        blocks, self._blocks = self._blocks, []
-        if trainer.world_size > 1:
-            # Each process has a contiguous block of the images, so their order is the order of the ranks.
-            gathered: list[list[Tensor]] = [[] for _ in range(trainer.world_size)]
-            distributed.all_gather_object(gathered, blocks)
-            blocks = [block for rank in gathered for block in rank]
+        # Each process has a contiguous block of the images, so their order is the order of the ranks.
+        blocks = [block for rank in gather_objects(self._blocks) for block in rank]
+        self._blocks = []
         if not trainer.is_global_zero:
             return
         probabilities, labels = torch.cat(blocks).max(1)

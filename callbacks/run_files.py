@@ -2,12 +2,13 @@
 
 import json
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
 
-from callbacks.checkpoints import FINISHED
+from callbacks.checkpoints import FINISHED, STEP0
 
 
 class RunFiles(SaveConfigCallback):
@@ -35,7 +36,7 @@ class RunFiles(SaveConfigCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
         if trainer.logger and trainer.global_step == 0:
-            trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / "step0.ckpt")
+            trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / STEP0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -46,6 +47,13 @@ class RunFiles(SaveConfigCallback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        """What made the checkpoint: the whole config and the packages' versions."""
+        checkpoint["made_by"] = {
+            "config": self.parser.dump(self.config, skip_none=False),
+            "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "torchmetrics", "torchvision")},
+        }
 
     def on_train_batch_end(self, trainer: Trainer, *args) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:

@@ -1,0 +1,84 @@
+"""The checkpoint a run goes on from after it was stopped or killed."""
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+
+from callbacks.checkpoints import LAST
+from errors import InputError
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes `checkpoints/last.ckpt` at every epoch's end, every so many steps between, and after other validations.
+
+    Added to every run by the command line. SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the
+    validation it is in, with that checkpoint and exit code 143 or 130; a second one ends it at once.
+
+    Args:
+        every_n_steps: steps between two checkpoints within an epoch.
+    """
+
+    ASK_EVERY = 10  # steps after which several processes ask each other for a signal
+
+    def __init__(self, every_n_steps: int = 200) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"LastCheckpoint every_n_steps {every_n_steps}: must be at least 1")
+        self.every_n_steps, self.signal = every_n_steps, 0
+        self._handlers = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not Lightning's own handlers: they end with exit code 0 and no checkpoint, and several processes at different steps.
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _receive(self, number: int, frame) -> None:
+        if self.signal:
+            sys.exit(128 + number)
+        self.signal = number
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        if self._at_epoch_end(trainer) or trainer.fit_loop.epoch_loop._should_accumulate():
+            return  # the epoch's end follows
+        step = trainer.global_step
+        stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0
+        if stop or step % self.every_n_steps == 0:
+            self._save(trainer)
+        self._end(trainer, stop)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not self._at_epoch_end(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._at_epoch_end(trainer):  # an epoch that stops early is not over: it has been saved where it stopped
+            self._save(trainer)
+        self._end(trainer, self._stopped(trainer))
+
+    def _at_epoch_end(self, trainer: Trainer) -> bool:
+        return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.logger and not trainer.fast_dev_run:
+            trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / LAST)
+
+    def _stopped(self, trainer: Trainer) -> int:
+        """The signal that any of the processes has received, or 0."""
+        number = torch.tensor(self.signal, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(number, reduce_op="max"))
+
+    def _end(self, trainer: Trainer, number: int) -> None:
+        if number:
+            if trainer.is_global_zero:
+                name, step = signal.Signals(number).name, trainer.global_step
+                print(f"main.py: stopped by {name} at step {step}; --ckpt_path last goes on from there", file=sys.stderr)
+            sys.exit(128 + number)
