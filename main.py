@@ -55,6 +55,18 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, value)
 
 
+def leave_processes() -> None:
+    """Ends the connection to the other processes of a distributed run; call it last.
+
+    Lightning does so for NCCL only, and gloo's threads may abort a process that exits with them
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    import torch
+
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
+
+
 def one_line(program: str, function) -> int:
     """Calls `function`; an InputError becomes one line on stderr and exit code 2."""
     try:
@@ -73,4 +85,6 @@ if __name__ == "__main__":
 
         print(version("contrastive-ladder"))
     else:
-        sys.exit(one_line("main.py", main))
+        code = one_line("main.py", main)
+        leave_processes()
+        sys.exit(code)

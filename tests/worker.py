@@ -9,7 +9,7 @@ import sys
 import warnings
 
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import Trainer, seed_everything
 
 from datamodules import DigitsDataModule
 from lightning_modules import (
@@ -25,6 +25,7 @@ from lightning_modules import (
     TripletEncoder,
     TripletMarginLoss,
 )
+from main import leave_processes
 
 DISTANCES = {
     "Euclidean": EuclideanDistance,
@@ -52,7 +53,7 @@ LOSSES = {
 
 def fit(loss, precision: str, steps: int, lr: float = 0.02, **options) -> dict:
     """The last step's loss, and all weights and buffers, after `steps` steps of SGD on augmented digits."""
-    torch.manual_seed(1)
+    seed_everything(1, verbose=False)  # not torch.manual_seed: N processes seed again from what the environment says
     model = TripletEncoder(FastEncoder([8, 8, 8]), loss(), z_dim=8, lr=lr, momentum=0.0, **options)
     trainer = Trainer(
         max_steps=steps, limit_val_batches=0, precision=precision, accelerator="cpu", logger=False,
@@ -75,6 +76,7 @@ def main(file: str) -> None:
     found["multi-negative, local"] = fit(MultiNegativeLoss, "64-true", 1, global_mining=False)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(found, file)
+    leave_processes()
 
 
 if __name__ == "__main__":
