@@ -4,8 +4,8 @@
     python reproduce.py --data-dir data                    # CIFAR-10: .npz files there, or a download
     python reproduce.py --data-dir data --seeds 3          # mean and standard deviation over three seeds
 
-Every stage runs through main.py with its shipped config. Called again with the same --out, it goes on at the first
-stage that has not finished.
+Every stage runs through main.py with its shipped config. Called again with the same --out, it goes on where it stopped,
+within a fit from its last checkpoint, and ends with the same accuracies.
 """
 
 import argparse
@@ -81,12 +81,12 @@ class Ladder:
         return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
 
     def _fit(self, config: str, name: str, *more: str) -> None:
-        # A fit that was interrupted starts anew, in the next version of its folder; one that had ended counts.
         finished = list((self.out / name).glob(f"version_*/{FINISHED}"))
         if finished:
             self.fit_seconds = json.loads(finished[0].read_text())["seconds"]
-        else:
-            self._main("fit", config, name, *more)
+            return
+        interrupted = any((self.out / name).glob("version_*/checkpoints/*.ckpt"))
+        self._main("fit", config, name, *more, *(["--ckpt_path=last"] if interrupted else []))
 
     def _evaluate(self, config: str, name: str, metric: str) -> tuple[float, float]:
         validated = self._main("validate", config, name, "--ckpt_path=best")

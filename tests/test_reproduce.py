@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import signal
 
 import pytest
+from test_killed import in_a_process, killer
 
 import reproduce
+from callbacks.checkpoints import load_checkpoint
 from errors import InputError
 
 STAGES = list(reproduce.REPORT)
@@ -75,6 +78,24 @@ def test_goes_on_at_the_first_stage_that_has_not_finished(ladder, tmp_path, monk
     assert calls == ["fit", "validate", "test"]
     again = json.loads(rows_file.read_text())["triplet_encoder_linear_probe"]
     assert (again["val"], again["test"]) == (expected["val"], expected["test"])
+
+
+def test_goes_on_within_a_fit_that_was_killed(tmp_path, monkeypatch):
+    often = ["--data.batch_size=128", "--trainer.max_epochs=3", "--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps=3"]
+    options = 0, ["--data=DigitsDataModule", "--trainer.accelerator=cpu"], {"softmax_regression": often}
+    whole, killed = (reproduce.Ladder(tmp_path / name, *options) for name in ("whole", "killed"))
+    expected = whole._classifier("softmax_regression")
+    called, real = [], reproduce.main
+    monkeypatch.setattr(reproduce, "main", called.append)
+    with pytest.raises(AttributeError):  # what stands in for main returns no trainer
+        killed._fit("softmax_regression", "softmax_regression")
+    assert in_a_process([*called[0], *killer("step", 13, tmp_path / "log")]) == -signal.SIGKILL
+    monkeypatch.setattr(reproduce, "main", lambda args: called.append(args) or real(args))
+    assert killed._classifier("softmax_regression") == expected
+    assert [args[0] for args in called] == ["fit", "fit", "validate", "test"] and called[1][-1] == "--ckpt_path=last"
+    files = [next(ladder.out.glob("*/version_0/checkpoints/last.ckpt")) for ladder in (whole, killed)]
+    one, two = (load_checkpoint(file)["state_dict"] for file in files)
+    assert one["linear.weight"].equal(two["linear.weight"])
 
 
 def test_results_of_other_data_are_not_mixed(ladder):
