@@ -4,12 +4,13 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from callbacks.checkpoints import LAST
+from callbacks.checkpoints import LAST, STEP0
 from errors import InputError
 
 
@@ -17,13 +18,15 @@ class LastCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt` at every epoch's end, every so many steps between, and after other validations.
 
     Added to every run by the command line. SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the
-    validation it is in, with that checkpoint and exit code 143 or 130; a second one ends it at once.
+    validation it is in, with that checkpoint and exit code 143 or 130; a second one ends it at once. A loss that is not
+    finite ends the fit with InputError, and is in no checkpoint; it is looked at in every step, on a GPU in every tenth,
+    in the last of each epoch and before each checkpoint.
 
     Args:
         every_n_steps: steps between two checkpoints within an epoch.
     """
 
-    ASK_EVERY = 10  # steps after which several processes ask each other for a signal
+    ASK_EVERY = 10  # steps after which several processes ask each other for a signal, and a GPU is asked for the loss
 
     def __init__(self, every_n_steps: int = 200) -> None:
         if every_n_steps < 1:
@@ -47,9 +50,13 @@ class LastCheckpoint(Checkpoint):
         self._handlers = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        step = trainer.global_step
+        due = self._at_epoch_end(trainer) or step % self.every_n_steps == 0 or step % self.ASK_EVERY == 0
+        loss = outputs["loss"]
+        if (due or self.signal or loss.device.type == "cpu") and not loss.isfinite():
+            self._not_finite(trainer, float(loss))
         if self._at_epoch_end(trainer) or trainer.fit_loop.epoch_loop._should_accumulate():
             return  # the epoch's end follows
-        step = trainer.global_step
         stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0
         if stop or step % self.every_n_steps == 0:
             self._save(trainer)
@@ -70,6 +77,16 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.logger and not trainer.fast_dev_run:
             trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / LAST)
+
+    def _not_finite(self, trainer: Trainer, loss: float) -> NoReturn:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        kept = [Path(trainer.log_dir) / "checkpoints" / name for name in (LAST, STEP0)] if trainer.logger else []
+        kept = [str(path) for path in kept if path.is_file()]
+        raise InputError(
+            f"the loss is {loss} at step {trainer.global_step} (learning rate {rate:.3g}): start anew with a lower"
+            " model.lr (a fit that goes on keeps its rate), --trainer.precision 32-true or --trainer.gradient_clip_val;"
+            f" the last good checkpoint is {kept[0] if kept else 'not there yet'}"
+        )
 
     def _stopped(self, trainer: Trainer) -> int:
         """The signal that any of the processes has received, or 0."""

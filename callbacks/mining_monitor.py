@@ -19,7 +19,6 @@ class MiningMonitor(Callback):
     `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n) (histograms: `mining/d_ap`, `mining/d_an`);
     `mining/norm`: mean norm of the embeddings; `mining/spread`: mean standard deviation of a dimension (histogram:
     `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong.
-    Embeddings or a loss that are not finite end the fit with InputError.
 
     Args:
         every_n_steps: steps between two measurements.
@@ -54,11 +53,7 @@ class MiningMonitor(Callback):
         z, labels = pl_module.last_embeddings
         loss = float(pl_module.last_loss)
         if not (z.isfinite().all() and math.isfinite(loss)):
-            rate = trainer.optimizers[0].param_groups[0]["lr"]
-            raise InputError(
-                f"the embeddings or the loss are not finite at step {step} (learning rate {rate:.3g}): lower model.lr, or"
-                " give --trainer.precision 32-true or --trainer.gradient_clip_val; checkpoints of earlier epochs remain"
-            )
+            return  # LastCheckpoint ends such a fit
         measured, histograms = measure(pl_module.triplet_loss, z.float(), labels)
         pl_module.log_dict(
             {"active": measured["active"], "rank": measured["effective_rank"]}, prog_bar=True, logger=False
