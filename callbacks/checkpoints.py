@@ -110,13 +110,19 @@ def _in_run(run: Path, which: str) -> Path:
 def load_checkpoint(path: Path) -> dict:
     """Reads a Lightning checkpoint onto the CPU, tensors and plain types only (`weights_only=True`).
 
-    Raises InputError where the file is damaged, or is not a checkpoint with weights.
+    Raises InputError where the file is damaged, claims more than it holds, or is not a checkpoint with weights.
     """
     try:
+        # torch.save stores without compression: what unpacks to more than the file's size is made to fill the memory.
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise InputError(f"{path}: claims to hold more than the file's size; it is not loaded")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: damaged, or holds more than tensors and plain types; it is not loaded") from error
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, ValueError, KeyError) as error:
+    except (OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):

@@ -148,13 +148,16 @@ def encoder_from_checkpoint(path: Path) -> Encoder:
     if not isinstance(stage, dict) or not stage.get("encoder"):
         module = stage.get("module") if isinstance(stage, dict) else "another program"
         raise InputError(f"{path}: a checkpoint of {module}, which has no encoder; give that of an encoder run")
-    encoder = build_encoder(stage["encoder"])
     weights = {k.removeprefix("encoder."): v for k, v in checkpoint["state_dict"].items() if k.startswith("encoder.")}
-    try:
-        encoder.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise InputError(f"{path}: the weights do not fit {stage['encoder']['class_path']}: {reason}") from error
+    with torch.device("meta"):  # takes no memory, however large the checkpoint says that the encoder is
+        described = build_encoder(stage["encoder"]).state_dict()
+    for name in {**described, **weights}:
+        found, expected = (tuple(d[name].shape) if name in d else "missing" for d in (weights, described))
+        if found != expected:
+            kind = stage["encoder"]["class_path"]
+            raise InputError(f"{path}: the weights do not fit {kind}: {name} is {found}, expected {expected}; fit it again")
+    encoder = build_encoder(stage["encoder"])
+    encoder.load_state_dict(weights)
     return encoder
 
 

@@ -1,6 +1,7 @@
 """Images and labels as arrays: reading them from .npz, checking them, splitting them."""
 
 import hashlib
+import math
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class ImageSet(NamedTuple):
 def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> ImageSet:
     """Reads `images` (N, 32, 32, 3) uint8 and `labels` (N,) integers in [0, num_classes) from an .npz file.
 
-    Raises InputError where the file is missing, damaged, pickled, or holds anything else.
+    Raises InputError where the file is missing, damaged, pickled, claims more than it can hold, or holds anything else.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an .npz with images (N, 32, 32, 3) uint8 and labels (N,)")
@@ -34,6 +35,7 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
             with archive as file:
+                _check_size(path, file.zip)
                 for name in ("images", "labels"):
                     if name in file:
                         arrays[name] = file[name]
@@ -103,6 +105,20 @@ def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:
     keep = torch.isin(images.labels, torch.tensor(classes))
     labels = torch.full((max(classes) + 1,), -1).index_put((torch.tensor(classes),), torch.arange(len(classes)))
     return ImageSet(images.images[keep], labels[images.labels[keep]])
+
+
+def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raises InputError before any memory is taken where an array is not as large as its header says, or a zip bomb."""
+    for member in archive.infolist():
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            claimed, held = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if claimed != held and not dtype.hasobject:
+            raise InputError(f"{path}: {member.filename} claims {claimed} bytes and holds {held}; write it again")
+        if held > 2**30 and held > 100 * member.compress_size:
+            raise InputError(f"{path}: {member.filename} unpacks from {member.compress_size} to {held} bytes; it is not read")
 
 
 def _first_line(error: Exception) -> str:

@@ -204,16 +204,18 @@ def whitening_filters(images: Tensor, mean: Tensor, std: Tensor, eps: float) -> 
 def build_encoder(spec: dict) -> Encoder:
     """The encoder that a checkpoint's `spec` describes, untrained. Raises InputError for an unknown one.
 
-    Only subclasses of Encoder that this process has imported already can be named: a checkpoint imports nothing.
+    Only subclasses of Encoder that this process has imported already can be named, those of `lightning_modules` and of
+    the run's own config: a checkpoint imports nothing.
     """
     known = {encoder.__name__: encoder for encoder in Encoder.__subclasses__()}
     name = spec.get("class_path") if isinstance(spec, dict) else None
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"encoder {name!r} named by the checkpoint is not one of {', '.join(known)}")
     try:
         return known[name](**spec.get("init_args", {})).to(memory_format=torch.channels_last)
-    except TypeError as error:
-        raise InputError(f"the checkpoint's arguments do not fit {name}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the checkpoint's arguments do not fit {name}: {reason}") from error
 
 
 def _positive(name: str, value: int) -> int:

@@ -1,11 +1,18 @@
 """Bad input is refused in one line with exit code 2, and leaves every file as it was; its good twin is accepted."""
 
+import http.server
+import io
+import tarfile
+import threading
 import urllib.error
+import zipfile
 
 import numpy as np
 import pytest
 import torch
+from torchvision.datasets import CIFAR10
 
+from errors import InputError
 from main import main, one_line
 
 
@@ -48,6 +55,57 @@ def test_truncated_archive(keep, tiny, refused):
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     refused("fit", "softmax_regression", words=[str(path)])
+
+
+def test_an_array_that_claims_100_gb(tiny, refused):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (32_552_084, 32, 32, 3)})
+    with zipfile.ZipFile(tiny / "cifar10_train.npz", "w") as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(3072))
+        archive.writestr("labels.npy", header.getvalue() + bytes(3072))
+    refused("fit", "softmax_regression", words=["cifar10_train.npz: images.npy claims 100000002048 bytes and holds 3072"])
+
+
+def test_a_zip_bomb(tiny, refused):
+    """1.1 GB of zeros in 1.1 MB."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (360_000, 32, 32, 3)})
+    with zipfile.ZipFile(tiny / "cifar10_train.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("images.npy", "w") as file:
+            file.write(header.getvalue())
+            for _ in range(360):
+                file.write(bytes(3_072_000))
+    assert (tiny / "cifar10_train.npz").stat().st_size < 2e6
+    refused("fit", "softmax_regression", words=["cifar10_train.npz: images.npy unpacks from", "to 1105920000 bytes"])
+
+
+def test_a_download_that_has_been_tampered_with(tmp_path, run, monkeypatch):
+    """Refused by its checksum before anything is unpacked or unpickled, a file outside its folder least of all."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name in ("cifar-10-batches-py/data_batch_1", "../outside"):
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(archive.getvalue())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            served.append(args)
+
+    served = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
+        root = tmp_path / "root"
+        with pytest.raises(InputError, match="no intact CIFAR-10 .*corrupted.*cifar10_train.npz"):
+            run("fit", "softmax_regression", f"--data.root={root}")
+        server.shutdown()
+    assert served and [p.name for p in root.rglob("*")] == ["cifar-10-python.tar.gz"] and not (tmp_path / "outside").exists()
 
 
 def test_a_plain_array_is_no_archive(tiny, refused):
@@ -173,6 +231,37 @@ def test_corrupt_checkpoints(tmp_path, run, refused):
     checkpoint["state_dict"]["linear.weight"] = weight
     torch.save(checkpoint, path)
     run("test", "softmax_regression", f"--ckpt_path={path}")
+
+
+def test_checkpoints_made_to_run_code_or_fill_the_memory(tmp_path, run, refused):
+    run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]")
+    good = tmp_path / "runs" / "triplet_encoder" / "version_0" / "checkpoints" / "last.ckpt"
+    path = tmp_path / "bad.ckpt"
+    probe = "fit", "linear_probe", f"--frozen_encoder.run={path}"
+
+    class Allocates:
+        def __reduce__(self):
+            return bytearray, (10**13,)
+
+    checkpoint = torch.load(good, weights_only=True)
+    torch.save({**checkpoint, "note": Allocates()}, path)
+    refused(*probe, words=[str(path)])
+    spec = checkpoint["stage"]["encoder"]
+    for class_path in ("torch.nn.Linear", "os.system", "subprocess.Popen", ["FastEncoder"], None):
+        checkpoint["stage"]["encoder"] = {"class_path": class_path, "init_args": {}}
+        torch.save(checkpoint, path)
+        refused(*probe, words=["named by the checkpoint is not one of", "FastEncoder"])
+    for init_args in ({"widths": [10**7] * 3}, {"widths": [10**30] * 3}, {"widths": "8"}, {"widths": [8.5] * 3}, [8], {"x": 1}):
+        checkpoint["stage"]["encoder"] = {**spec, "init_args": init_args}
+        torch.save(checkpoint, path)
+        refused(*probe, words=["fit FastEncoder"])
+    with zipfile.ZipFile(good) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+        packed.writestr("archive/data/99", bytes(2**26))
+    refused(*probe, words=[str(path), "claims to hold more"])
+    path.write_bytes(good.read_bytes())
+    run(*probe)
 
 
 def test_predict_wants_a_classifier_and_a_folder(tmp_path, run, refused):
