@@ -65,7 +65,8 @@ class Stage(LightningModule):
         self.class_names: list[str] | None = None
         self._resumed_metrics: dict[str, dict[str, Tensor]] = {}
         self.accuracy = nn.ModuleDict({f"{s}/accuracy": MulticlassAccuracy(num_classes, average="micro") for s in SPLITS})
-        self.mean_loss = nn.ModuleDict({f"{s}/loss": MeanMetric(nan_strategy="disable") for s in SPLITS})
+        # NaN stays NaN: by default it is left out of the mean, and with "disable" the weights are (torchmetrics 1.9).
+        self.mean_loss = nn.ModuleDict({f"{s}/loss": MeanMetric(nan_strategy=float("nan")) for s in SPLITS})
 
     def initialize(self, images: Tensor) -> None:
         """Fills the buffers computed from the training split before the first step of a fit."""
