@@ -10,8 +10,8 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-import datamodules  # noqa: F401  (short class names on the command line)
-import lightning_modules  # noqa: F401
+import datamodules  # noqa: F401  (`--data DigitsDataModule`: jsonargparse finds a class by its name once it is imported)
+import lightning_modules  # noqa: F401  (so `--model.loss SupConLoss`)
 from callbacks import FrozenEncoder, LastCheckpoint, RunFiles, RunLogger
 from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_checkpoint, run_folder
 from errors import InputError
