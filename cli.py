@@ -9,12 +9,13 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import datamodules  # noqa: F401  (`--data DigitsDataModule`: jsonargparse finds a class by its name once it is imported)
 import lightning_modules  # noqa: F401  (so `--model.loss SupConLoss`)
 from callbacks import FrozenEncoder, LastCheckpoint, RunFiles, RunLogger
 from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_checkpoint, run_folder
-from errors import InputError
+from errors import InputError, first_line
 
 
 # The trainer's lines about TPUs and other products; its warnings stay, but for those that are about our own intent.
@@ -68,6 +69,20 @@ class CLI(LightningCLI):
         # How checkpoints are read is not the user's choice here.
         return {name: skip | {"weights_only"} for name, skip in LightningCLI.subcommands().items()}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except InputError:
+            raise
+        except Exception as error:  # a config that is not text, not a mapping, or deeper than Python goes
+            raise InputError(f"the options or a --config file cannot be read ({type(error).__name__}: {first_line(error)})") from error
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {first_line(error)}") from error
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(FrozenEncoder, "frozen_encoder")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
@@ -77,6 +92,8 @@ class CLI(LightningCLI):
         # defines the model, and Stage.on_load_checkpoint refuses a checkpoint that does not fit it.
         command = self.config["subcommand"]
         config = self.config[command]
+        if config.trainer is None:
+            raise InputError("trainer: null: leave the key out for the defaults, or give options below it")
         logger = config.trainer.logger
         named = hasattr(logger, "class_path") and "name" in logger.init_args
         self.runs = Path(logger.init_args.save_dir) / logger.init_args.name if named else Path("runs")
@@ -97,6 +114,20 @@ class CLI(LightningCLI):
         if trainer.precision is None:
             trainer.precision = "bf16-mixed" if bf16_is_native(trainer.accelerator) else "32-true"
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            cause = error  # jsonargparse wraps what a class's constructor raises
+            while not isinstance(cause, InputError) and cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, InputError):
+                raise cause from error
+            why = f"{type(cause).__name__}: {first_line(cause)}"
+            raise InputError(f"trainer, model or data cannot be made with these options ({why})") from error
+
     def after_instantiate_classes(self) -> None:
         if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -111,6 +142,18 @@ class CLI(LightningCLI):
             logger.write_into(parent / f"{self.subcommand}_{k}")
         elif folder is not None:
             logger.write_into(folder)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        (files,) = (c for c in self.trainer.callbacks if isinstance(c, RunFiles))
+        try:
+            super()._run_subcommand(subcommand)
+        except (InputError, MisconfigurationException):
+            raise
+        except Exception as error:
+            # Lightning, the optimiser and the callbacks restore what is theirs, and trust it.
+            if self.checkpoint is None or files.started:
+                raise
+            raise InputError(f"{self.checkpoint}: the state in it cannot be restored ({type(error).__name__}: {first_line(error)})") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

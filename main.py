@@ -31,14 +31,6 @@ def main(args: list[str] | None = None):
         return CLI(args)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
-    except ValueError as error:
-        # jsonargparse wraps what a class's constructor raises.
-        cause = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__
-        if cause is None or cause is error:
-            raise
-        raise cause from error
 
 
 def keep_freed_memory() -> None:
@@ -74,7 +66,7 @@ def one_line(program: str, function) -> int:
     except InputError as error:
         if os.environ.get("DEBUG") == "1":
             raise
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     return 0
 

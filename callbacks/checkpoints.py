@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
+from torch import Tensor
 
-from errors import InputError
+from errors import InputError, first_line
 
 FINISHED = "finished.json"  # written into a run's folder when its fit has ended
 STEP0, LAST, PREVIOUS = "step0.ckpt", "last.ckpt", "previous.ckpt"  # untrained; to go on from; the one before that
@@ -41,10 +42,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
         except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError where the disk is full
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(
-                f"{path}: the checkpoint cannot be written ({reason}); earlier ones are intact: make room and go on with"
-                " --ckpt_path last"
+                f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are intact: make room and"
+                " go on with --ckpt_path last"
             ) from error
 
 
@@ -117,14 +117,28 @@ def load_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
                 raise InputError(f"{path}: claims to hold more than the file's size; it is not loaded")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about forms of storage that no checkpoint of ours has
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except pickle.UnpicklingError as error:
         raise InputError(f"{path}: damaged, or holds more than tensors and plain types; it is not loaded") from error
-    except (OSError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: damaged or not a checkpoint ({reason})") from error
+    except Exception as error:  # of whatever kind a damaged pickle leads torch's reader to
+        raise InputError(f"{path}: damaged or not a checkpoint ({first_line(error)})") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise InputError(f"{path}: not a Lightning checkpoint (no state_dict in it)")
+    for name, tensor in checkpoint["state_dict"].items():
+        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if not isinstance(name, str) or not plain:
+            raise InputError(f"{path}: its state_dict holds more than plain tensors ({str(name)[:80]}); fit again")
+    if not _are_counts(checkpoint.get("loops", {})):
+        raise InputError(f"{path}: its loops hold more than numbers of steps; fit again")
     return checkpoint
+
+
+def _are_counts(value) -> bool:
+    """Whether nested dicts and lists hold nothing but whole numbers from 0 on, which Lightning takes as they come."""
+    if isinstance(value, dict | list):
+        return all(map(_are_counts, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and 0 <= value < 2**63

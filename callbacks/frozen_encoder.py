@@ -123,13 +123,16 @@ class FrozenEncoder(Callback):
 
 def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -> None:
     """Raises InputError unless the encoder was trained on the classes and the split that the probe is trained on."""
-    names, data = (checkpoint.get("stage") or {}).get("class_names"), checkpoint.get("data") or {}
+    stage, data = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
+    names = stage.get("class_names")
     if names != datamodule.class_names:
         raise InputError(f"{path}: an encoder of the classes {names}; this command's are {datamodule.class_names}; give the same data")
     own = datamodule.fingerprint
     if data.get("train_sha256") != own["train_sha256"]:
         raise InputError(f"{path}: the encoder was trained on other images than this command's; give it the same data")
     if data != own:
+        if data.keys() != own.keys() or not all(type(data[k]) is int for k in ("val_size", "split_seed")):
+            raise InputError(f"{path}: does not say which images the encoder was trained on; fit it again")
         split = f"data.val_size {data['val_size']} and data.split_seed {data['split_seed']}"
         seen = datamodule.seen_in_validation(data["val_size"], data["split_seed"])
         raise InputError(

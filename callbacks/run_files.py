@@ -9,6 +9,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
 
 from callbacks.checkpoints import FINISHED, STEP0
+from callbacks.run_logger import RunLogger
 
 
 class RunFiles(SaveConfigCallback):
@@ -17,7 +18,11 @@ class RunFiles(SaveConfigCallback):
     Writes `config.yaml` once a run has started, never over another one; `checkpoints/step0.ckpt` before the first
     step; `finished.json` (seconds since the trainer was made, metrics) when the fit has ended. Has the last step
     of a run that stops within an epoch (`max_steps`) validated and saved like an epoch's last.
+
+    `started` is False until data, encoder and checkpoint have been accepted and the first file is due.
     """
+
+    started = False
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -27,6 +32,9 @@ class RunFiles(SaveConfigCallback):
         """Lightning's callback writes here, before the run's input has been accepted."""
 
     def _save(self, trainer: Trainer) -> None:
+        self.started = True
+        if isinstance(trainer.logger, RunLogger):
+            trainer.logger.start()
         if trainer.is_global_zero and trainer.logger:
             folder = Path(trainer.logger.log_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from pytorch_lightning.loggers.logger import rank_zero_experiment
 class RunLogger(TensorBoardLogger):
     """Writes to `<save_dir>/<name>/version_N`.
 
-    Lightning asks for the event file before the data has been read; here it does not exist until the first
-    hyperparameters are logged, after data, encoder and checkpoint have been accepted. A refused run leaves nothing.
+    Lightning asks for the event file before the data has been read; here it does not exist until `start`, which RunFiles
+    calls once data, encoder and checkpoint have been accepted, or the first metrics. A refused run leaves nothing.
 
     Args:
         save_dir: folder of all runs.
@@ -20,7 +20,7 @@ class RunLogger(TensorBoardLogger):
 
     def __init__(self, save_dir: str = "runs", name: str = "run", version: int | None = None) -> None:
         super().__init__(save_dir, name=name, version=version, default_hp_metric=False)
-        self._started = False
+        self._started, self._waiting = False, []
 
     def write_into(self, folder: Path) -> None:
         """Uses `folder` (…/<name>/<version>) instead of the next free version."""
@@ -33,10 +33,22 @@ class RunLogger(TensorBoardLogger):
             raise AttributeError("the run has not started")  # hasattr(logger, "experiment") is False until then
         return super().experiment
 
-    def log_hyperparams(self, *args, **kwargs) -> None:
+    def start(self) -> None:
+        """Has the run's folder made, with what was logged before."""
         self._started = True
-        super().log_hyperparams(*args, **kwargs)
+        for args, kwargs in self._waiting:
+            super().log_hyperparams(*args, **kwargs)
+        self._waiting = []
 
-    def log_graph(self, *args, **kwargs) -> None:
-        self._started = True  # reached at the same time where there are no hyperparameters
-        super().log_graph(*args, **kwargs)
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        self._waiting.append((args, kwargs))  # Lightning's call comes before it restores a checkpoint
+        if self._started:
+            self.start()
+
+    def log_metrics(self, *args, **kwargs) -> None:
+        self.start()
+        super().log_metrics(*args, **kwargs)
+
+    def save(self) -> None:
+        if self._started:
+            super().save()

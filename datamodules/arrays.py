@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError
+from errors import InputError, first_line
 
 
 class ImageSet(NamedTuple):
@@ -30,7 +31,8 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
     arrays = {}
     try:
         # Opened here, since np.load leaves a file that it cannot read open.
-        with path.open("rb") as raw:
+        with path.open("rb") as raw, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers of old and odd forms
             archive = np.load(raw, allow_pickle=False)
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
@@ -44,12 +46,10 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
                         raise InputError(f"{path}: no array named '{name}' (found: {', '.join(file) or 'nothing'}){hint}")
     except InputError:
         raise
-    except ValueError as error:
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds, down to struct.error and SyntaxError
         if "allow_pickle" in str(error):
             raise InputError(f"{path}: holds pickled Python objects, which are never loaded; save plain arrays") from error
-        raise InputError(f"{path}: not a readable .npz file ({_first_line(error)}); write it again") from error
-    except (OSError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as error:
-        raise InputError(f"{path}: damaged or truncated .npz file ({_first_line(error)}); copy it again") from error
+        raise InputError(f"{path}: damaged or not a readable .npz file ({first_line(error)}); copy it again") from error
 
     images = arrays["images"]
     if images.dtype != np.uint8:
@@ -119,7 +119,3 @@ def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
             raise InputError(f"{path}: {member.filename} claims {claimed} bytes and holds {held}; write it again")
         if held > 2**30 and held > 100 * member.compress_size:
             raise InputError(f"{path}: {member.filename} unpacks from {member.compress_size} to {held} bytes; it is not read")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

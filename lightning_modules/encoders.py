@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import InputError, first_line
 
 
 class Encoder(nn.Module):
@@ -214,8 +214,7 @@ def build_encoder(spec: dict) -> Encoder:
     try:
         return known[name](**spec.get("init_args", {})).to(memory_format=torch.channels_last)
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the checkpoint's arguments do not fit {name}: {reason}") from error
+        raise InputError(f"the checkpoint's arguments do not fit {name}: {first_line(error)}") from error
 
 
 def _positive(name: str, value: int) -> int:

@@ -63,6 +63,7 @@ class Stage(LightningModule):
         self.schedule, self.warmup = schedule, warmup
         self.plateau = {"factor": plateau_factor, "patience": plateau_patience}
         self.class_names: list[str] | None = None
+        self._resumed: dict[str, Any] | None = None  # the checkpoint that a fit goes on from
         self._resumed_metrics: dict[str, dict[str, Tensor]] = {}
         self.accuracy = nn.ModuleDict({f"{s}/accuracy": MulticlassAccuracy(num_classes, average="micro") for s in SPLITS})
         # NaN stays NaN: by default it is left out of the mean, and with "disable" the weights are (torchmetrics 1.9).
@@ -89,6 +90,16 @@ class Stage(LightningModule):
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
             self.initialize(datamodule.split("train").images)
             share_batch_norm(self)
+
+    def on_fit_start(self) -> None:
+        # Before Lightning restores them: an optimiser and a schedule take whatever a checkpoint holds.
+        for name, own in self._restorable.items() if self._resumed is not None else ():
+            if not _fits(self._resumed.get(name), own):
+                raise InputError(
+                    f"the checkpoint's {name} are not what this command's model.optimizer and model.schedule leave; start"
+                    " from the run's own --config RUN/config.yaml"
+                )
+        self._resumed = None
 
     def on_train_start(self) -> None:
         self._registered = False
@@ -183,6 +194,22 @@ class Stage(LightningModule):
     def _train_metrics(self) -> dict[str, Metric]:
         return {"loss": self.mean_loss["train/loss"], "accuracy": self.accuracy["train/accuracy"]}
 
+    @property
+    def _restorable(self) -> dict[str, list]:
+        """The state of optimiser and schedule, in which a function says what fits."""
+        (optimizer,) = self.trainer.optimizers
+        weights = [p for group in optimizer.param_groups for p in group["params"]]
+
+        def moments_fit(state: Any) -> bool:
+            def fit(i: int, moments: dict) -> bool:
+                return all(m is None or isinstance(m, Tensor) and m.shape in (weights[i].shape, ()) for m in moments.values())
+
+            named = isinstance(state, dict) and state.keys() <= set(range(len(weights)))
+            return named and all(isinstance(m, dict) and m.keys() == [*state.values()][0].keys() and fit(i, m) for i, m in state.items())
+
+        schedules = [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs]
+        return {"optimizer_states": [{**optimizer.state_dict(), "state": moments_fit}], "lr_schedulers": schedules}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = self.identity
         checkpoint["data"] = self.trainer.datamodule.fingerprint
@@ -192,15 +219,17 @@ class Stage(LightningModule):
             checkpoint["train_metrics"] = gather_objects(states)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        ranks = checkpoint.get("train_metrics", [])
-        if self.trainer.state.fn == "fit" and len(ranks) == self.trainer.world_size:
-            self._resumed_metrics = ranks[self.global_rank]
+        if self.trainer.state.fn == "fit":
+            self._resumed = checkpoint
+            ranks, own = checkpoint.get("train_metrics", []), {k: m.metric_state for k, m in self._train_metrics.items()}
+            if _fits(ranks, [own] * self.trainer.world_size):
+                self._resumed_metrics = ranks[self.global_rank]
         # Runs before the weights are loaded: one line here instead of a page of size mismatches there.
-        saved, hint = checkpoint.get("stage") or {}, "start from the run's own --config RUN/config.yaml"
+        saved, trained_on = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
+        hint = "start from the run's own --config RUN/config.yaml"
         for name, value in self.identity.items():
             if saved.get(name) != value:
                 raise InputError(f"the checkpoint's {name} is {saved.get(name)}, this command's is {value}; {hint}")
-        trained_on = checkpoint.get("data") or {}
         for name, value in self.trainer.datamodule.fingerprint.items():
             if trained_on.get(name) != value:
                 raise InputError(f"the checkpoint's data.{name} is {trained_on.get(name)}, this command's is {value}; {hint}")
@@ -209,6 +238,21 @@ class Stage(LightningModule):
             if shapes.get(name) != own.get(name):
                 found, expected = shapes.get(name, "missing"), own.get(name, "no such tensor")
                 raise InputError(f"the checkpoint's {name} is {found}, this command's model expects {expected}; {hint}")
+
+
+def _fits(value: Any, own: Any) -> bool:
+    """Whether `value` is made as `own` is: the same keys, lengths, kinds of values, shapes of tensors."""
+    if callable(own):
+        return own(value)
+    if isinstance(own, dict):
+        return isinstance(value, dict) and value.keys() == own.keys() and all(_fits(value[k], own[k]) for k in own)
+    if isinstance(own, list | tuple):
+        return isinstance(value, list | tuple) and len(value) == len(own) and all(map(_fits, value, own))
+    if isinstance(own, Tensor):
+        return isinstance(value, Tensor) and (value.shape, value.dtype) == (own.shape, own.dtype)
+    if type(own) in (int, float):
+        return type(value) in (int, float)
+    return type(value) is type(own)
 
 
 class Triangle:

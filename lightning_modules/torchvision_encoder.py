@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import get_model, list_models
 
-from errors import InputError
+from errors import InputError, first_line
 from lightning_modules.encoders import Encoder
 
 
@@ -54,8 +54,7 @@ class TorchvisionEncoder(Encoder):
         try:
             found = self.eval()(torch.zeros(1, 3, 32, 32))
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"TorchvisionEncoder model {model}: {hint} ({reason}); give image_size: 224") from error
+            raise InputError(f"TorchvisionEncoder model {model}: {hint} ({first_line(error)}); give image_size: 224") from error
         if not isinstance(found, Tensor) or found.shape != (1, self.feature_dim):
             raise InputError(f"TorchvisionEncoder model {model}: {hint}; choose a classification model")
         self.train()

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import InputError, first_line
 from lightning_modules.encoders import Encoder
 from lightning_modules.losses import BatchLoss
 from lightning_modules.retrieval import retrieval_metrics, retrieval_statistics
@@ -144,9 +144,8 @@ def _try(loss: BatchLoss, dim: int) -> None:
     try:
         value = loss(z, torch.tensor([0, 0, 1, 1, 2, 2]), generator)
     except (TypeError, RuntimeError, AttributeError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.loss {name} does not take embeddings of width {dim}, labels and a generator ({reason}); choose a loss"
+            f"model.loss {name} does not take embeddings of width {dim}, labels and a generator ({first_line(error)}); choose a loss"
             " of lightning_modules, and give MahalanobisDistance that width as dim"
         ) from error
     if not isinstance(value, Tensor) or value.ndim:
