@@ -178,7 +178,7 @@ def mutated_config(rng, text):
 
 def small(tmp_path, tiny):
     """Options that keep what a mutated config may ask for small; given behind it."""
-    data = [f"--data.root={tiny}", "--data.val_size=50", "--data.batch_size=60", "--data.download=false"]
+    data = [f"--data.root={tiny}", "--data.val_size=50", "--data.batch_size=30", "--data.download=false"]
     trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_time=00:00:00:20"]
     return [*data, *trainer, f"--trainer.logger.save_dir={tmp_path / 'runs'}"]
 
@@ -189,6 +189,7 @@ def test_configs(tmp_path, tiny, run, config):
     run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]", f"--trainer.logger.save_dir={tmp_path / 'encoders'}")
     text = (ROOT / "configs" / f"{config}.yaml").read_text().replace("[32, 128, 128]", "[8, 8, 8]")
     encoder = [f"--frozen_encoder.run={tmp_path / 'encoders/triplet_encoder/version_0'}"] if "frozen_encoder" in text else []
+    encoder += ["--frozen_encoder.unfreeze_at_epoch=0"] if "unfreeze" in text else []
     for _ in range(-(-COUNT // 7)):
         path.write_bytes(mutated_config(rng, text))
         shutil.rmtree(tmp_path / "runs", ignore_errors=True)
