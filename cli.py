@@ -75,7 +75,8 @@ class CLI(LightningCLI):
         except InputError:
             raise
         except Exception as error:  # a config that is not text, not a mapping, or deeper than Python goes
-            raise InputError(f"the options or a --config file cannot be read ({type(error).__name__}: {first_line(error)})") from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"the options or a --config file cannot be read ({why})") from error
 
     def _set_seed(self) -> None:
         try:
@@ -153,7 +154,8 @@ class CLI(LightningCLI):
             # Lightning, the optimiser and the callbacks restore what is theirs, and trust it.
             if self.checkpoint is None or files.started:
                 raise
-            raise InputError(f"{self.checkpoint}: the state in it cannot be restored ({type(error).__name__}: {first_line(error)})") from error
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"{self.checkpoint}: the state in it cannot be restored ({why})") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

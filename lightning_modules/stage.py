@@ -200,12 +200,15 @@ class Stage(LightningModule):
         (optimizer,) = self.trainer.optimizers
         weights = [p for group in optimizer.param_groups for p in group["params"]]
 
-        def moments_fit(state: Any) -> bool:
-            def fit(i: int, moments: dict) -> bool:
-                return all(m is None or isinstance(m, Tensor) and m.shape in (weights[i].shape, ()) for m in moments.values())
-
-            named = isinstance(state, dict) and state.keys() <= set(range(len(weights)))
-            return named and all(isinstance(m, dict) and m.keys() == [*state.values()][0].keys() and fit(i, m) for i, m in state.items())
+        def moments_fit(state: Any) -> bool:  # of each weight that has been stepped: the same names, its shape or a number
+            if not isinstance(state, dict) or not state.keys() <= set(range(len(weights))):
+                return False
+            first = next(iter(state.values()), None)
+            return all(isinstance(m, dict) and m.keys() == first.keys() for m in state.values()) and all(
+                x is None or isinstance(x, Tensor) and x.shape in (weights[i].shape, ())
+                for i, moments in state.items()
+                for x in moments.values()
+            )
 
         schedules = [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs]
         return {"optimizer_states": [{**optimizer.state_dict(), "state": moments_fit}], "lr_schedulers": schedules}
@@ -221,7 +224,7 @@ class Stage(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn == "fit":
             self._resumed = checkpoint
-            ranks, own = checkpoint.get("train_metrics", []), {k: m.metric_state for k, m in self._train_metrics.items()}
+            ranks, own = checkpoint.get("train_metrics"), {k: m.metric_state for k, m in self._train_metrics.items()}
             if _fits(ranks, [own] * self.trainer.world_size):
                 self._resumed_metrics = ranks[self.global_rank]
         # Runs before the weights are loaded: one line here instead of a page of size mismatches there.
