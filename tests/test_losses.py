@@ -130,19 +130,26 @@ def test_dense_margin_loss_equals_the_cube(name, classes, triplets):
 
 
 @pytest.mark.parametrize("block", [1, 30, 2**21])
-@pytest.mark.parametrize("options", [{}, {"semihard": True}, {"neighbours": 2}])
-def test_active_counts_equal_a_count(options, block, monkeypatch):
+@pytest.mark.parametrize(
+    "options, ties",
+    [({}, False), ({"semihard": True}, False), ({"neighbours": 2}, False), ({}, True), ({"semihard": True}, True)],
+)
+def test_active_counts_equal_a_count(options, ties, block, monkeypatch):
+    """With `ties`, whole numbers: distances that are equal, or differ by the margin."""
     monkeypatch.setattr("lightning_modules.triplets.ROW_BLOCK", block)
     z, labels = batch(20, 3, seed=5)
-    d = EuclideanDistance().matrix(z)
+    d, margin = EuclideanDistance().matrix(z), 0.4
+    if ties:
+        x = z[:, :1].mul(3).round()
+        d, margin = (x - x.T).abs(), 2
     expected = torch.zeros_like(d)
     for a, p, n in every_triplet(labels):
         nearer = sum(labels[q] == labels[a] and q != a and d[a, q] < d[a, p] for q in range(20))
-        if d[a, p] - d[a, n] + 0.4 > 0 and not (options.get("semihard") and d[a, n] <= d[a, p]):
+        if d[a, p] - d[a, n] + margin > 0 and not (options.get("semihard") and d[a, n] <= d[a, p]):
             if nearer < options.get("neighbours", 99):
                 expected[a, p] += 1
                 expected[a, n] -= 1
-    assert torch.equal(active_counts(d, labels, 0.4, **options), expected)
+    assert torch.equal(active_counts(d, labels, margin, **options), expected)
     assert expected.any()
 
 
