@@ -3,11 +3,13 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from callbacks.checkpoints import load_checkpoint
 from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256
+from datamodules.arrays import stratified_split
 
 SMALL = "--model.encoder.init_args.widths=[8,8,16]"
 PROBES = ("linear_probe", "mlp_probe")
@@ -189,3 +191,23 @@ def test_a_probe_does_not_go_on_with_another_release(encoder_run, run, refused, 
     probe = f"--ckpt_path={tmp_path / 'runs' / 'linear_probe' / 'version_0'}"
     words = ["unfreeze_at_epoch None", "says 1", "start a new fit"]
     refused("fit", "fine_tune", "--trainer.max_epochs=3", probe, words=words)
+
+
+def test_an_encoder_of_other_classes_images_or_split_is_refused(encoder_run, run, refused, tiny):
+    _, folder = encoder_run
+    probe = "fit", "linear_probe", f"--frozen_encoder.run={folder}"
+    labels = torch.arange(300) % 10
+    for options in ({"val_size": 50, "split_seed": 1}, {"val_size": 70, "split_seed": 0}):
+        _, own = stratified_split(labels, options["val_size"], options["split_seed"])
+        _, of_encoder = stratified_split(labels, 50, 0)
+        seen = len(set(own.tolist()) - set(of_encoder.tolist()))
+        words = ["val_size 50 and data.split_seed 0", f"has seen {seen} of this command's validation images"]
+        refused(*probe, *(f"--data.{k}={v}" for k, v in options.items()), words=words)
+    refused(*probe, "--data.classes=[0,1]", "--data.batch_size=20", words=["airplane", "give the same data"])
+    run(*probe)
+    split = ["--ckpt_path=best", "--data.split_seed=1"]
+    refused("test", "linear_probe", *split, words=["data.split_seed is 0, this command's is 1"])
+    with np.load(tiny / "cifar10_train.npz") as file:
+        np.savez(tiny / "cifar10_train.npz", images=255 - file["images"], labels=file["labels"])
+    refused(*probe, words=["trained on other images"])
+    refused("validate", "linear_probe", "--ckpt_path=best", words=["data.train_sha256"])
