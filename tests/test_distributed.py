@@ -65,19 +65,20 @@ def test_every_loss_has_the_loss_and_gradient_of_one_process(tmp_path, alone, pr
 
 
 def test_main_starts_two_processes_which_fit_the_shipped_encoder_as_one(tmp_path):
-    # At the shipped rate of 0.35 rounding errors alone drive two fits of one process apart by 1 % within two epochs.
+    # In float32 rounding errors alone part two fits of one process, on one thread and on two, by 1 % of the accuracy within
+    # these 16 steps.
     found = []
     for devices in (1, 2):
         runs = tmp_path / f"runs{devices}"
-        command = ["main.py", "fit", "--config", "configs/triplet_encoder.yaml", *DIGITS, "--trainer.max_epochs=2"]
-        options = ["--model.lr=0.01", "--trainer.precision=32-true", f"--trainer.logger.save_dir={runs}", f"--trainer.devices={devices}"]
+        command = ["main.py", "fit", "--config", "configs/triplet_encoder.yaml", *DIGITS, "--trainer.max_epochs=1"]
+        options = ["--model.lr=0.01", "--trainer.precision=64-true", f"--trainer.logger.save_dir={runs}", f"--trainer.devices={devices}"]
         ended(start(*command, *options))
         (run,) = (runs / "triplet_encoder").iterdir()
         header, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
         found.append((header, [[float(x or "nan") for x in row] for row in rows], load_checkpoint(run / "checkpoints/last.ckpt")))
     (header, rows, one), (header2, rows2, two) = found
     assert header == header2 and {"train/accuracy", "val/accuracy"} <= set(header)
-    torch.testing.assert_close(torch.tensor(rows2), torch.tensor(rows), rtol=1e-3, atol=1e-3, equal_nan=True)
+    torch.testing.assert_close(torch.tensor(rows2), torch.tensor(rows), rtol=1e-5, atol=1e-5, equal_nan=True)
     for key, value in one["state_dict"].items():
         assert (two["state_dict"][key].float() - value.float()).norm() <= 1e-3 * value.float().norm().clamp_min(1), key
 
