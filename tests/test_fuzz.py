@@ -1,6 +1,6 @@
 """Mutated .npz, checkpoint and config files: accepted or refused in one line, within seconds, and nothing written.
 
-FUZZ=N mutates N files of each kind instead of 60. "Past the header" are files that the reader of their format opens.
+FUZZ=N mutates N files of each kind instead of 30. "Past the header" are files that the reader of their format opens.
 """
 
 import copy
@@ -26,7 +26,7 @@ from errors import InputError
 from main import main
 
 ROOT = Path(__file__).parent.parent
-COUNT = int(os.environ.get("FUZZ", 60))
+COUNT = int(os.environ.get("FUZZ", 30))
 # As errors, warnings would look like refusals.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -86,14 +86,14 @@ def odd_value(rng, outside):
     )
 
 
-def with_odd_value(rng, tree, outside, depth=0):
+def with_odd_value(rng, tree, outside):
     """A copy of nested dicts and lists in which one value at any depth is another, missing, or under another key."""
     tree = copy.copy(tree)
     keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
     key = rng.choice(keys)
     inner = tree[key]
     if isinstance(inner, (dict, list)) and len(inner) and rng.random() < 0.85:
-        tree[key] = with_odd_value(rng, inner, outside, depth + 1)
+        tree[key] = with_odd_value(rng, inner, outside)
     elif rng.random() < 0.15:
         del tree[key]
     elif isinstance(tree, dict) and rng.random() < 0.1:
