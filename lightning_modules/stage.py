@@ -11,6 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from errors import InputError
 from lightning_modules.distributed import gather_objects, share_batch_norm
+from lightning_modules.restorable import fits, restorable
 
 SPLITS = ("train", "val", "test")
 
@@ -93,8 +94,8 @@ class Stage(LightningModule):
 
     def on_fit_start(self) -> None:
         # Before Lightning restores them: an optimiser and a schedule take whatever a checkpoint holds.
-        for name, own in self._restorable.items() if self._resumed is not None else ():
-            if not _fits(self._resumed.get(name), own):
+        for name, own in restorable(self.trainer).items() if self._resumed is not None else ():
+            if not fits(self._resumed.get(name), own):
                 raise InputError(
                     f"the checkpoint's {name} are not what this command's model.optimizer and model.schedule leave; start"
                     " from the run's own --config RUN/config.yaml"
@@ -194,25 +195,6 @@ class Stage(LightningModule):
     def _train_metrics(self) -> dict[str, Metric]:
         return {"loss": self.mean_loss["train/loss"], "accuracy": self.accuracy["train/accuracy"]}
 
-    @property
-    def _restorable(self) -> dict[str, list]:
-        """The state of optimiser and schedule, in which a function says what fits."""
-        (optimizer,) = self.trainer.optimizers
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-
-        def moments_fit(state: Any) -> bool:  # of each weight that has been stepped: the same names, its shape or a number
-            if not isinstance(state, dict) or not state.keys() <= set(range(len(weights))):
-                return False
-            first = next(iter(state.values()), None)
-            return all(isinstance(m, dict) and m.keys() == first.keys() for m in state.values()) and all(
-                x is None or isinstance(x, Tensor) and x.shape in (weights[i].shape, ())
-                for i, moments in state.items()
-                for x in moments.values()
-            )
-
-        schedules = [config.scheduler.state_dict() for config in self.trainer.lr_scheduler_configs]
-        return {"optimizer_states": [{**optimizer.state_dict(), "state": moments_fit}], "lr_schedulers": schedules}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = self.identity
         checkpoint["data"] = self.trainer.datamodule.fingerprint
@@ -225,7 +207,7 @@ class Stage(LightningModule):
         if self.trainer.state.fn == "fit":
             self._resumed = checkpoint
             ranks, own = checkpoint.get("train_metrics"), {k: m.metric_state for k, m in self._train_metrics.items()}
-            if _fits(ranks, [own] * self.trainer.world_size):
+            if fits(ranks, [own] * self.trainer.world_size):
                 self._resumed_metrics = ranks[self.global_rank]
         # Runs before the weights are loaded: one line here instead of a page of size mismatches there.
         saved, trained_on = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
@@ -241,21 +223,6 @@ class Stage(LightningModule):
             if shapes.get(name) != own.get(name):
                 found, expected = shapes.get(name, "missing"), own.get(name, "no such tensor")
                 raise InputError(f"the checkpoint's {name} is {found}, this command's model expects {expected}; {hint}")
-
-
-def _fits(value: Any, own: Any) -> bool:
-    """Whether `value` is made as `own` is: the same keys, lengths, kinds of values, shapes of tensors."""
-    if callable(own):
-        return own(value)
-    if isinstance(own, dict):
-        return isinstance(value, dict) and value.keys() == own.keys() and all(_fits(value[k], own[k]) for k in own)
-    if isinstance(own, list | tuple):
-        return isinstance(value, list | tuple) and len(value) == len(own) and all(map(_fits, value, own))
-    if isinstance(own, Tensor):
-        return isinstance(value, Tensor) and (value.shape, value.dtype) == (own.shape, own.dtype)
-    if type(own) in (int, float):
-        return type(value) in (int, float)
-    return type(value) is type(own)
 
 
 class Triangle:
