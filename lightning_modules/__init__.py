@@ -9,6 +9,7 @@ from lightning_modules.losses import (
     SupConLoss,
     TripletMarginLoss,
 )
+from lightning_modules.probe_grid import LinearProbeGrid
 from lightning_modules.probes import LinearProbe, MLPProbe
 from lightning_modules.regression import LogisticRegression, SoftmaxRegression
 from lightning_modules.supervised_encoder import SupervisedEncoder
@@ -22,6 +23,7 @@ __all__ = [
     "FastEncoder",
     "LMNNLoss",
     "LinearProbe",
+    "LinearProbeGrid",
     "LogisticRegression",
     "MLPProbe",
     "MahalanobisDistance",
