@@ -38,6 +38,8 @@ def retrieval_statistics(
     bank = F.normalize(bank, dim=1)
     members = bank_labels.bincount(minlength=num_classes)
     places = max(int(members[labels.unique()].max()), min(k, len(bank)))
+    # ‖x − y‖² = 2 − 2 s on the sphere, and the mean of s over a class is x times the mean of the class.
+    means = bank.new_zeros(num_classes, bank.shape[1]).index_add_(0, bank_labels, bank) / members.clamp_min(1)[:, None]
     place = torch.arange(1, places + 1, device=bank.device)
     found = []
     for x, y in zip(*(t.split(max(1, CHUNK // len(bank))) for t in (F.normalize(queries, dim=1), labels))):
@@ -50,15 +52,14 @@ def retrieval_statistics(
         size = members[y].clamp_min(1)[:, None]
         hits = (of_class & (place <= members[y][:, None])).float()
         precision = (hits.cumsum(1) / place * hits).sum(1, keepdim=True) / size
-        positives = (bank_labels == y[:, None]).float()
-        squares = (2 - 2 * similarity).clamp_min_(0)
+        alignment = (2 - 2 * (x * means[y]).sum(1, keepdim=True)).clamp_min(0) * (members[y] > 0)[:, None]
         columns = (
             (votes.argmax(1) == y)[:, None],
             of_class[:, :1],
             hits.sum(1, keepdim=True) / size,
             precision,
-            (squares * positives).sum(1, keepdim=True) / size,
-            squares.mul_(-2).exp_().mean(1, keepdim=True),
+            alignment,
+            similarity.sub_(1).mul_(4).clamp_max_(0).exp_().mean(1, keepdim=True),  # exp(−2 ‖x − y‖²)
         )
         found.append(torch.cat([column.float() for column in columns], dim=1))
     return torch.cat(found)
