@@ -92,6 +92,27 @@ def supcon_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return terms.sum() / (positives > 0).sum().clamp_min(1)
 
 
+def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoothing: float = 0.0) -> Tensor:
+    """Mean over anchors of the cross-entropy of softmax_c(s(a, m_c) / τ), m_c the mean direction of class c in the batch.
+
+    The anchor itself is left out of its own class's mean, s is the cosine similarity: the softmax loss of L. Wan et al.,
+    "Generalized End-to-End Loss for Speaker Verification", 2018, equations 6 and 8, with a fixed temperature, after J.
+    Snell et al., "Prototypical Networks", 2017. `label_smoothing` is the share of each label that is spread over the
+    batch's classes. `z` (B, D), `labels` (B,); anchors without another image of their class are left out. O(B C) for C
+    classes: a triplet's anchor, with one mean for all positives and one for each class of negatives.
+    """
+    z = F.normalize(z, dim=1)
+    classes, members = labels.unique(return_inverse=True)
+    sums = z.new_zeros(len(classes), z.shape[1]).index_add_(0, members, z)
+    # A class whose images point everywhere has a sum near 0: below this length its direction fades instead of turning
+    # at once, so that the gradient stays bounded.
+    means, others = (F.normalize(x, dim=1, eps=1e-3) for x in (sums, sums[members] - z))
+    similarity = (z @ means.T).scatter(1, members[:, None], (z * others).sum(1, keepdim=True))
+    terms = F.cross_entropy(similarity / temperature, members, reduction="none", label_smoothing=label_smoothing)
+    anchors = members.bincount()[members] > 1
+    return terms.where(anchors, 0).sum() / anchors.sum().clamp_min(1)
+
+
 def pairwise_contrastive_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """The report's equation 2: mean of −log p_ij over positive pairs plus mean of −log(1 − p_ij) over negative pairs.
 
@@ -223,6 +244,19 @@ class SupConLoss(BatchLoss):
 
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return supcon_loss(z, labels, self.temperature)
+
+
+class PrototypicalLoss(BatchLoss):
+    """Each image against the mean of its class and those of all others in the batch, see `prototypical_loss`."""
+
+    def __init__(self, temperature: float = 0.1, label_smoothing: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"PrototypicalLoss label_smoothing {label_smoothing}: must be in [0, 1)")
+        self.temperature, self.label_smoothing = _temperature(self, temperature), label_smoothing
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return prototypical_loss(z, labels, self.temperature, self.label_smoothing)
 
 
 class PairwiseContrastiveLoss(BatchLoss):

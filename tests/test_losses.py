@@ -24,6 +24,7 @@ EVERY_LOSS = [
     losses.LMNNLoss(),
     losses.MultiNegativeLoss(),
     losses.SupConLoss(),
+    losses.PrototypicalLoss(),
     losses.PairwiseContrastiveLoss(),
 ]
 NAMES = [f"{type(loss).__name__} {getattr(loss, 'triplets', '')}" for loss in EVERY_LOSS]
@@ -237,6 +238,36 @@ def test_supcon_equals_its_definition_with_the_mean_outside_the_logarithm(tau, c
     check(lambda z: losses.supcon_loss(z, labels, tau), slow, z)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("classes", [2, 4, 9])
+def test_prototypical_loss_equals_its_definition(tau, classes, smoothing):
+    z, labels = batch(classes=classes)
+    present = sorted(set(labels.tolist()))
+
+    def slow(z):
+        unit, terms = z / z.norm(dim=1, keepdim=True), []
+        for a in range(len(z)):
+            logits = {}
+            for c in present:
+                others = [unit[i] for i in range(len(z)) if labels[i] == c and i != a]
+                if others:
+                    logits[c] = cosine_similarity(z[a], sum(others), dim=0) / tau
+            if int(labels[a]) in logits:
+                log_p = {c: x - sum(y.exp() for y in logits.values()).log() for c, x in logits.items()}
+                spread = sum(log_p.values()) / len(present)
+                terms.append(-(1 - smoothing) * log_p[int(labels[a])] - smoothing * spread)
+        return torch.stack(terms).mean()
+
+    check(lambda z: losses.prototypical_loss(z, labels, tau, smoothing), slow, z)
+
+
+def test_prototypical_loss_has_a_bounded_gradient_where_a_class_points_everywhere():
+    z = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0.1, 1]], requires_grad=True)
+    losses.prototypical_loss(z, torch.tensor([0, 0, 1, 1]), 0.1).backward()
+    assert z.grad.norm() < 1e5
+
+
 @pytest.mark.parametrize("tau", [0.1, 1.0])
 @pytest.mark.parametrize("classes", [2, 4, 9])
 def test_pairwise_contrastive_loss_equals_the_reports_equation_2(tau, classes):
@@ -268,12 +299,20 @@ def test_pairwise_contrastive_loss_is_exact_where_a_probability_nears_one():
     assert float(loss.detach()) == pytest.approx(40 + 4 * (40 - math.log(2)) / 8, rel=1e-4)
 
 
-@pytest.mark.parametrize("function", [losses.multi_negative_loss, losses.supcon_loss, losses.pairwise_contrastive_loss])
-def test_finite_where_exp_overflows(function):
+@pytest.mark.parametrize(
+    "function, least",
+    [
+        (losses.multi_negative_loss, 900),
+        (losses.supcon_loss, 900),
+        (losses.prototypical_loss, 400),
+        (losses.pairwise_contrastive_loss, 900),
+    ],
+)
+def test_finite_where_exp_overflows(function, least):
     z = torch.tensor([[1.0, 0], [-1, 0], [1, 1e-3], [0, 1]], requires_grad=True)
     loss = function(z, torch.tensor([0, 0, 1, 1]), 0.001)
     loss.backward()
-    assert loss.isfinite() and z.grad.isfinite().all() and loss > 900
+    assert loss.isfinite() and z.grad.isfinite().all() and loss > least
 
 
 @pytest.mark.parametrize("loss", EVERY_LOSS, ids=NAMES)
@@ -351,6 +390,8 @@ def test_hardest_triplets_leave_out_anchors_without_a_positive_or_a_negative():
         (lambda: losses.LMNNLoss(neighbours=0), "neighbours 0"),
         (lambda: losses.MultiNegativeLoss(0), "temperature 0: must be above 0"),
         (lambda: losses.SupConLoss(-0.1), "temperature -0.1"),
+        (lambda: losses.PrototypicalLoss(0), "temperature 0"),
+        (lambda: losses.PrototypicalLoss(label_smoothing=1), "label_smoothing 1"),
         (lambda: losses.PairwiseContrastiveLoss(float("nan")), "temperature nan"),
         (lambda: MahalanobisDistance(0), "dim 0"),
     ],

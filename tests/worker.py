@@ -20,6 +20,7 @@ from lightning_modules import (
     MahalanobisDistance,
     MultiNegativeLoss,
     PairwiseContrastiveLoss,
+    PrototypicalLoss,
     SoftMarginTripletLoss,
     SupConLoss,
     TripletEncoder,
@@ -38,6 +39,7 @@ LOSSES = {
     "multi-negative": MultiNegativeLoss,
     "SupCon": SupConLoss,
     "pairwise": PairwiseContrastiveLoss,
+    "prototypical": PrototypicalLoss,
     "LMNN": LMNNLoss,
     "LMNN, Mahalanobis": lambda: LMNNLoss(distance=MahalanobisDistance(dim=8, squared=True)),
     **{
