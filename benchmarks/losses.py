@@ -19,6 +19,7 @@ import torch
 from pytorch_metric_learning import losses as peers
 from pytorch_metric_learning import miners
 
+from benchmarks.common import exponent
 from lightning_modules.distances import EuclideanDistance
 from lightning_modules.losses import SupConLoss, TripletMarginLoss
 
@@ -100,6 +101,11 @@ def main() -> None:
             if row["peer"] is not None:
                 peer = f"{row['peer'] * 1e3:.1f} | {row['ratio']:.1f} | {row['difference']:.1e}"
             print(f"| {row['loss']} | {size} | {row['ours'] * 1e3:.1f} | {peer} | {row['peak_mib']:.0f} |", flush=True)
+    sizes = [b for b in options.sizes if b >= 512]
+    if len(sizes) > 1:
+        for name in pairs():
+            milliseconds = [row["ours"] for row in rows if row["loss"] == name and row["batch"] in sizes]
+            print(f"| {name} | {min(sizes)}–{max(sizes)} | ∝ B^{exponent(sizes, milliseconds):.2f} | – | – | – | – |")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -7,6 +7,7 @@ medians over the processes, and the ratio of the rates.
 """
 
 import argparse
+import json
 import resource
 import statistics
 import subprocess
@@ -48,6 +49,7 @@ def measure() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", help="file to write the medians to")
     parser.add_argument("--process", choices=["default", "kept"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.process:
@@ -64,6 +66,9 @@ def main() -> None:
     medians = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in found.items()}
     for name, (rate, faults, peak) in medians.items():
         print(f"| {name} | {rate:,.0f} | {faults:,.0f} | {peak:,.0f} |")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(medians, file, indent=1)
     print(f"\nratio of the rates: {medians['kept'][0] / medians['default'][0]:.2f}")
 
 
