@@ -7,6 +7,7 @@
     python main.py fit  --config configs/triplet_encoder.yaml --data DigitsDataModule       # no download, for trying
     python main.py fit  --config configs/triplet_encoder.yaml --trainer.devices 2 --model.lr 0.5
     python main.py fit  --config configs/triplet_encoder.yaml --ckpt_path last              # goes on where it stopped
+    python main.py export --ckpt_path runs/linear_probe/version_0 --format onnx             # a file that works elsewhere
     python main.py fit  --help
 
 DEBUG=1 shows the traceback behind an error's one line.
@@ -22,6 +23,11 @@ from errors import InputError
 
 def main(args: list[str] | None = None):
     """Runs one command and returns the CLI with its trainer, model and data. Raises InputError for bad input."""
+    given = sys.argv[1:] if args is None else args
+    if given[:1] == ["export"]:
+        from export import export
+
+        return export(given[1:])
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from cli import CLI
