@@ -27,6 +27,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         batch_size: global batch size, over all processes.
         flip: mirror images while fitting.
         translate: shift images by up to this many pixels while fitting.
+        cutout: hide a square of this side, somewhere in each image, while fitting.
     """
 
     CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -43,8 +44,9 @@ class CIFAR10DataModule(InMemoryDataModule):
         batch_size: int = 512,
         flip: bool = True,
         translate: int = 2,
+        cutout: int = 0,
     ) -> None:
-        super().__init__(classes, val_size, split_seed, batch_size, flip, translate)
+        super().__init__(classes, val_size, split_seed, batch_size, flip, translate, cutout)
         self.save_hyperparameters()
         self.root, self.download = Path(root), download
         self.npz = {"train": train_npz, "test": test_npz}

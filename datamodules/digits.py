@@ -21,6 +21,7 @@ class DigitsDataModule(InMemoryDataModule):
         batch_size: global batch size, over all processes.
         flip: mirror images while fitting; off, since a mirrored digit is another sign.
         translate: shift images by up to this many pixels while fitting.
+        cutout: hide a square of this side, somewhere in each image, while fitting.
     """
 
     CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -33,8 +34,9 @@ class DigitsDataModule(InMemoryDataModule):
         batch_size: int = 128,
         flip: bool = False,
         translate: int = 2,
+        cutout: int = 0,
     ) -> None:
-        super().__init__(classes, val_size, split_seed, batch_size, flip, translate)
+        super().__init__(classes, val_size, split_seed, batch_size, flip, translate, cutout)
         self.save_hyperparameters()
 
     def load(self, split: str) -> ImageSet:

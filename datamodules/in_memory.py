@@ -27,6 +27,7 @@ class InMemoryDataModule(LightningDataModule):
         batch_size: int,
         flip: bool,
         translate: int,
+        cutout: int = 0,
     ) -> None:
         super().__init__()
         if classes is not None and (len(set(classes)) != len(classes) or len(classes) < 2):
@@ -39,8 +40,10 @@ class InMemoryDataModule(LightningDataModule):
             raise InputError(f"data.batch_size {batch_size}: must be at least 1")
         if not 0 <= translate < 32:
             raise InputError(f"data.translate {translate}: must be 0..31 pixels")
+        if not 0 <= cutout <= 32:
+            raise InputError(f"data.cutout {cutout}: must be 0..32 pixels")
         self.classes, self.val_size, self.split_seed = classes, val_size, split_seed
-        self.batch_size, self.flip, self.translate = batch_size, flip, translate
+        self.batch_size, self.flip, self.translate, self.cutout = batch_size, flip, translate, cutout
         self._sets: dict[str, ImageSet] = {}
         self._sha256: str | None = None
 
@@ -58,7 +61,7 @@ class InMemoryDataModule(LightningDataModule):
 
     @property
     def augments(self) -> bool:
-        return self.flip or self.translate > 0
+        return self.flip or self.translate > 0 or self.cutout > 0
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -123,7 +126,8 @@ class InMemoryDataModule(LightningDataModule):
         return BatchLoader(inputs.to(self._device), labels.to(self._device), self.batch_size)
 
     def train_dataloader(self) -> BatchLoader:
-        return self._loader("train", seed=self._seed, flip=self.flip, translate=self.translate)
+        drawn = {"flip": self.flip, "translate": self.translate, "cutout": self.cutout} if self.augments else {}
+        return self._loader("train", seed=self._seed, **drawn)
 
     def val_dataloader(self) -> BatchLoader:
         return self._loader("val")

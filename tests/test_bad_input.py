@@ -149,6 +149,7 @@ def test_unlabelled_test_images_serve_predict_only(tmp_path, tiny, run, refused)
         (["--data.classes=[1,1]"], ["at least two different classes"]),
         (["--data.classes=[4]"], ["at least two different classes"]),
         (["--data.translate=32"], ["translate 32"]),
+        (["--data.cutout=33"], ["cutout 33"]),
         (["--model.lr=0"], ["model.lr 0", "above 0"]),
         (["--model.lr=fast"], ["lr", "fast"]),
         (["--model.learning_rate=1"], ["learning_rate"]),

@@ -88,6 +88,24 @@ def test_every_augmented_image_is_a_crop_or_mirrored_crop_of_its_own():
     assert len(drawn) > 25  # of 50 possible ones: drawn per image, not per batch
 
 
+@pytest.mark.parametrize("side", [1, 6, 32])
+def test_cutout_hides_one_square_anywhere_and_nothing_else(side):
+    data = images(200).clamp(0, 200)  # no pixel is the mean colour in all three channels by chance
+    data[..., 0] = 255
+    data[0, ..., 0] = 0
+    fill = data.float().mean((0, 1, 2)).round() / 255
+    whole = BatchLoader(data, torch.arange(200), 200, seed=1, flip=True, translate=2)
+    cut = BatchLoader(data, torch.arange(200), 200, seed=1, flip=True, translate=2, cutout=side)
+    ((x, _),), ((y, _),) = whole, cut
+    hidden = (y == fill[:, None, None]).all(1)
+    assert torch.equal(torch.where(hidden[:, None], x, y), x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    heights, widths = hidden.any(2).sum(1), hidden.any(1).sum(1)
+    assert torch.equal(hidden.sum((1, 2)), heights * widths)  # a rectangle
+    assert heights.max() == side and heights.min() >= (side + 1) // 2 and widths.max() == side
+    assert len(hidden.flatten(1).int().argmax(1).unique()) > 20  # drawn for each image
+
+
 def test_flip_mirrors_half_and_the_other_half_in_the_next_epoch():
     data = images(400)
     loader = BatchLoader(data, torch.arange(400), 400, seed=0, flip=True)

@@ -46,11 +46,11 @@ def numbered(count):
     return images, torch.arange(count)
 
 
-@given(st.integers(4, 40), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31), st.booleans(), st.integers(0, 3))
+@given(st.integers(4, 40), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31), st.booleans(), st.integers(0, 3), st.integers(0, 12))
 @settings(max_examples=60)
-def test_processes_see_together_what_one_sees(count, world_size, share, epoch, seed, flip, translate):
+def test_processes_see_together_what_one_sees(count, world_size, share, epoch, seed, flip, translate, cutout):
     batch_size = world_size * share
-    options = dict(batch_size=batch_size, seed=seed, flip=flip, translate=translate)
+    options = dict(batch_size=batch_size, seed=seed, flip=flip, translate=translate, cutout=cutout)
     images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
     loaders = [BatchLoader(images, torch.arange(count), **options)]
     loaders += [BatchLoader(images, torch.arange(count), **options, rank=r, world_size=world_size) for r in range(world_size)]
