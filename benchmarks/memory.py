@@ -17,7 +17,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from lightning_modules import FastEncoder, MultiNegativeLoss, TripletEncoder
+from lightning_modules import FastEncoder, PrototypicalLoss, TripletEncoder
 from main import keep_freed_memory
 
 BATCH, WARMUP, STEPS = 256, 5, 25
@@ -26,7 +26,7 @@ BATCH, WARMUP, STEPS = 256, 5, 25
 def measure() -> None:
     """Prints images/s, page faults a step and peak MiB of this process."""
     torch.manual_seed(0)
-    model = TripletEncoder(FastEncoder(), MultiNegativeLoss())
+    model = TripletEncoder(FastEncoder(), PrototypicalLoss())
     images = torch.rand(BATCH, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (BATCH,))
     optimizer = torch.optim.SGD(model.parameters(), 0.01)

@@ -37,7 +37,8 @@ def batch(size: int) -> list[str]:
 
 STUDIES = {
     "losses": {
-        "multi-negative, τ 0.1 (default)": [],
+        "prototypical, τ 0.1, smoothing 0.1 (default)": [],
+        "multi-negative, τ 0.1": loss("MultiNegativeLoss"),
         "SupCon, τ 0.1": loss("SupConLoss"),
         "pairwise contrastive (the report's equation 2), τ 0.1": loss("PairwiseContrastiveLoss"),
         "margin 0.5 on the sphere, all": margin("all"),
@@ -49,12 +50,14 @@ STUDIES = {
         "soft margin, random": loss("SoftMarginTripletLoss", triplets="random"),
         "LMNN, 3 target neighbours": loss("LMNNLoss"),
     },
-    "temperature": {f"τ {t}": loss("MultiNegativeLoss", temperature=t) for t in (0.05, 0.1, 0.2, 0.4)},
+    "temperature": {f"τ {t}": [f"--model.loss.temperature={t}"] for t in (0.05, 0.1, 0.2, 0.4)},
+    "smoothing": {f"label smoothing {s}": [f"--model.loss.label_smoothing={s}"] for s in (0.0, 0.1, 0.2)},
     "augmentation": {
         "flip, translation by 2 (default)": [],
         "no flip": ["--data.flip=false"],
         "no translation": ["--data.translate=0"],
         "translation by 4": ["--data.translate=4"],
+        "cutout of 8": ["--data.cutout=8"],
     },
     "batch": {f"batch {size}": batch(size) for size in (128, 256, 512, 1024)},
     "width": {

@@ -26,7 +26,7 @@ from benchmarks.training import CONFIG, Clock
 from datamodules.arrays import ImageSet, read_npz
 from datamodules.in_memory import InMemoryDataModule
 from datamodules.loader import BatchLoader
-from lightning_modules import FastEncoder, MultiNegativeLoss, SoftmaxRegression, TripletEncoder
+from lightning_modules import FastEncoder, PrototypicalLoss, SoftmaxRegression, TripletEncoder
 from main import keep_freed_memory
 from main import main as command
 
@@ -65,7 +65,7 @@ def regression(data: ImageSet, images: int) -> float:
 def step(batch: int, z_dim: int) -> float:
     """Median milliseconds of a float32 step."""
     torch.manual_seed(0)
-    model = TripletEncoder(FastEncoder(), MultiNegativeLoss(), z_dim=z_dim, lr=0.1)
+    model = TripletEncoder(FastEncoder(), PrototypicalLoss(), z_dim=z_dim, lr=0.1)
     images = torch.rand(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels, optimizer, times = torch.arange(batch) % 10, model.configure_optimizers()["optimizer"], []
     for _ in range(7):

@@ -26,7 +26,7 @@ from torchvision import transforms
 from benchmarks.common import arguments, in_turn, machine, median_ratio, show
 from cli import bf16_is_native
 from datamodules.arrays import ImageSet, read_npz
-from lightning_modules import EuclideanDistance, FastEncoder, MultiNegativeLoss, TripletEncoder, TripletMarginLoss
+from lightning_modules import EuclideanDistance, FastEncoder, PrototypicalLoss, TripletEncoder, TripletMarginLoss
 from main import keep_freed_memory
 from main import main as command
 
@@ -64,7 +64,7 @@ def ours(options: argparse.Namespace, *more: str) -> float:
 def encoder_and_loss(semihard: bool) -> TripletEncoder:
     torch.manual_seed(0)
     sphere = EuclideanDistance(normalize=True)
-    loss = TripletMarginLoss("semihard", MARGIN, sphere) if semihard else MultiNegativeLoss(0.1)
+    loss = TripletMarginLoss("semihard", MARGIN, sphere) if semihard else PrototypicalLoss()
     return TripletEncoder(FastEncoder(), loss, lr=0.35, momentum=0.85, weight_decay=1e-4)
 
 

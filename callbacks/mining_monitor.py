@@ -115,7 +115,7 @@ def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[
     """What is wrong with a batch: by kind, a sentence that says what to change. `value` is the loss."""
     name, margin, temperature, pinned = type(loss).__name__, loss.margin, loss.temperature, loss.pinned_at
     positive, negative = measured["positive"], measured["negative"]
-    easier = "lower model.lr, or choose easier triplets (all or random instead of hard), or MultiNegativeLoss"
+    easier = "lower model.lr, or choose easier triplets (all or random instead of hard), or PrototypicalLoss"
     found = {}
     if not measured["triplets"]:
         return {"triplets": "the batch has no triplets (one class, or no class twice): raise data.batch_size"}

@@ -59,7 +59,7 @@ def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
         (["--model.loss=SoftMarginTripletLoss", "--model.lr=30", "--model.warmup=0"], "collapsed"),
         (["--model.loss=TripletMarginLoss", "--model.loss.margin=0.000001", "--model.lr=1e-9"], "margin 1e-06 of .* is out of range"),
         (["--model.loss=TripletMarginLoss", "--model.loss.margin=5000", "--model.lr=1e-9"], "margin 5000 of .* is out of range"),
-        (["--model.loss.temperature=30"], "temperature 30 of MultiNegativeLoss is out of range .*weigh alike"),
+        (["--model.loss.temperature=30"], "temperature 30 of PrototypicalLoss is out of range .*weigh alike"),
         (["--model.loss.temperature=0.001"], "temperature 0.001 .*hardest pair"),
     ],
 )  # fmt: skip
