@@ -1,5 +1,6 @@
 from callbacks.curves import Curves
 from callbacks.frozen_encoder import FrozenEncoder
+from callbacks.inspection import Inspection
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.mining_monitor import MiningMonitor
 from callbacks.predictions import PredictionWriter
@@ -11,6 +12,7 @@ from callbacks.tsne import TSNE
 __all__ = [
     "Curves",
     "FrozenEncoder",
+    "Inspection",
     "LastCheckpoint",
     "MiningMonitor",
     "PredictionWriter",

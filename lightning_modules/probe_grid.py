@@ -79,13 +79,14 @@ class LinearProbeGrid(OnFrozenEncoder, Stage):
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(3, len(self.settings), dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         if not self.searching:
             return super().validation_step(batch, batch_idx)
         inputs, labels = batch
         logits = self(inputs)
         right = (logits.argmax(2) == labels[:, None]).sum(0)
         self._sums += torch.stack([right, _losses(logits, labels).sum(0), torch.full_like(right, len(labels))])
+        return logits
 
     def on_validation_epoch_end(self) -> None:
         if self.searching:

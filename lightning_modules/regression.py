@@ -75,6 +75,6 @@ class LogisticRegression(Stage):
     def predicted_classes(self, output: Tensor, labels: Tensor) -> Tensor:
         return (output > 0).long()
 
-    def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        probability = self(batch[0]).float().sigmoid()
+    def probabilities(self, output: Tensor) -> Tensor:
+        probability = output.float().sigmoid()
         return torch.stack([1 - probability, probability], dim=1)

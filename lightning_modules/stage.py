@@ -115,7 +115,11 @@ class Stage(LightningModule):
         self._step_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
         torch.manual_seed(self._step_seed)
 
-    def _step(self, split: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Class probabilities (B, num_classes) of what `forward` gives."""
+        return output.float().softmax(1)
+
+    def _step(self, split: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         inputs, labels = batch
         output = self(inputs)
         loss = self.loss(output, labels)
@@ -130,25 +134,25 @@ class Stage(LightningModule):
             options = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
             self.log(f"{split}/loss", mean_loss, **options)
             self.log(f"{split}/accuracy", accuracy, **options)
-        return loss
+        return loss, output
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = self._step("train", batch, batch_idx)
+        loss, _ = self._step("train", batch, batch_idx)
         if batch_idx % max(1, self.trainer.log_every_n_steps) == 0:
             self.log("loss", loss, prog_bar=True, logger=False)
         if self.l2_lambda:
             loss = loss + self.l2_lambda / 2 * sum(w.square().sum() for w in self._trained() if w.ndim > 1)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("val", batch, batch_idx)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step("val", batch, batch_idx)[1]
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._step("test", batch, batch_idx)
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._step("test", batch, batch_idx)[1]
 
     def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""
-        return self(batch[0]).float().softmax(1)
+        return self.probabilities(self(batch[0]))
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.parameters() if p.requires_grad]
