@@ -7,6 +7,7 @@ from callbacks.predictions import PredictionWriter
 from callbacks.retrieval_monitor import RetrievalMonitor
 from callbacks.run_files import RunFiles
 from callbacks.run_logger import RunLogger
+from callbacks.training_monitor import TrainingMonitor
 from callbacks.tsne import TSNE
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "RunFiles",
     "RunLogger",
     "TSNE",
+    "TrainingMonitor",
 ]

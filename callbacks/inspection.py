@@ -135,8 +135,7 @@ def draw_confusion(predicted: Tensor, labels: Tensor, names: list[str]) -> Figur
     left.set(xlabel="predicted", ylabel="true", title=f"confusion matrix, {len(labels)} images")
     bars = right.barh(range(classes), shares.diagonal().numpy(), color="C0")
     right.bar_label(bars, fmt="%.3f", padding=2, fontsize=7)
-    right.set(xlim=(0, 1.2), xlabel="accuracy of the class", yticks=[])
-    right.invert_yaxis()
+    right.set(xlim=(0, 1.2), ylim=(classes - 0.5, -0.5), xlabel="accuracy of the class", yticks=[])
     return figure
 
 

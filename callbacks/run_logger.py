@@ -36,9 +36,9 @@ class RunLogger(TensorBoardLogger):
     def start(self) -> None:
         """Has the run's folder made, with what was logged before."""
         self._started = True
-        for args, kwargs in self._waiting:
+        waiting, self._waiting = self._waiting, []  # what is logged along with them comes back here
+        for args, kwargs in waiting:
             super().log_hyperparams(*args, **kwargs)
-        self._waiting = []
 
     def log_hyperparams(self, *args, **kwargs) -> None:
         self._waiting.append((args, kwargs))  # Lightning's call comes before it restores a checkpoint
