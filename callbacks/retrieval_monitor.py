@@ -1,6 +1,7 @@
 """Nearest neighbours during the fit of an encoder, from features that were computed anyway."""
 
 import torch
+from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -14,7 +15,8 @@ class RetrievalMonitor(Callback):
 
     The queries are a sample of the validation images; the bank are the training images of the epoch's last steps, with
     the features they had then: augmented, under the weights and batch statistics of their step. That costs no pass through
-    the network, and is an estimate; `validate` and `test` compute the metrics in full.
+    the network, and is an estimate; `validate` and `test` compute the metrics in full. The queries' two principal
+    components go to TensorBoard as the picture `val_sample/pca`, one after every validation.
 
     Args:
         queries: validation images, evenly spread over the split.
@@ -75,3 +77,22 @@ class RetrievalMonitor(Callback):
         metrics = retrieval_metrics(sums[:-1] / sums[-1])
         pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
         pl_module.log_dict({f"val_sample/{name}": value for name, value in metrics.items()}, sync_dist=True)
+        if trainer.logger and trainer.is_global_zero and queries.isfinite().all():
+            figure = draw_pca(queries.cpu().double(), labels.cpu(), pl_module.class_names)
+            trainer.logger.experiment.add_figure("val_sample/pca", figure, trainer.global_step)
+
+
+def draw_pca(features: Tensor, labels: Tensor, names: list[str]) -> Figure:
+    """The two directions of largest variance of `features` (N, D) float64, coloured by `labels` (N,)."""
+    centred = features - features.mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    points = (centred @ directions[:, -2:].flip(1)).numpy()
+    shares = (variances.flip(0)[:2] / variances.sum().clamp_min(1e-300)).tolist()
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for c, name in enumerate(names):
+        axes.plot(*points[(labels == c).numpy()].T, ".", markersize=3, color=f"C{c}", label=name)
+    axes.set(title=f"{len(points)} validation images' features", xticks=[], yticks=[])
+    axes.set(xlabel=f"{shares[0]:.0%} of the variance", ylabel=f"{shares[1]:.0%} of the variance")
+    axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

@@ -1,8 +1,9 @@
-"""`tsne.png`: the training features in two dimensions, coloured by class."""
+"""The training features in two dimensions, coloured by class: `tsne.png`, and TensorBoard's projector."""
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
@@ -13,6 +14,8 @@ from errors import InputError
 
 class TSNE(Callback):
     """Draws a t-SNE (L. van der Maaten & G. Hinton, 2008; scikit-learn's) of `pl_module.encoder`'s features after fit.
+
+    The same features go to TensorBoard's projector, each with its image, its class and that of its nearest neighbour.
 
     Args:
         samples: training images to draw, equally many of each class where there are enough.
@@ -52,3 +55,18 @@ class TSNE(Callback):
         axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(Path(trainer.logger.log_dir) / "tsne.png", dpi=120)
         trainer.logger.experiment.add_figure("tsne", figure, trainer.global_step)
+        self._project(trainer, pl_module, torch.from_numpy(features), index)
+
+    def _project(self, trainer: Trainer, pl_module: LightningModule, features: torch.Tensor, index: torch.Tensor) -> None:
+        images, labels = (x[index].cpu() for x in trainer.datamodule.split("train"))
+        unit = F.normalize(features, dim=1)
+        nearest = labels[(unit @ unit.T).fill_diagonal_(-1).argmax(1)]
+        names = pl_module.class_names
+        trainer.logger.experiment.add_embedding(
+            features,
+            metadata=[(names[c], names[n]) for c, n in zip(labels.tolist(), nearest.tolist())],
+            metadata_header=["class", "nearest neighbour's class"],
+            label_img=images.permute(0, 3, 1, 2).float() / 255,
+            tag="features",
+            global_step=trainer.global_step,
+        )

@@ -50,3 +50,18 @@ def test_curves_share_a_chart_and_runs_can_be_compared(run, events, tmp_path):
     assert session.hparams["batch_size"].number_value == cli.datamodule.batch_size
     (accuracy,) = found.Scalars("last/val/accuracy")
     assert accuracy.value == pytest.approx(float(cli.trainer.callback_metrics["val/accuracy"]))
+
+
+def test_an_encoders_features_can_be_looked_at(run, events, tmp_path):
+    cli = run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,16]", "--trainer.max_epochs=2")
+    assert [e.step for e in events("triplet_encoder").Images("val_sample/pca")] == [4, 8]
+    (folder,) = (tmp_path / "runs/triplet_encoder/version_0").glob("*/features")
+    assert (folder / "sprite.png").is_file()
+    head, *rows = (folder / "metadata.tsv").read_text().splitlines()
+    points = [list(map(float, line.split("\t"))) for line in (folder / "tensors.tsv").read_text().splitlines()]
+    assert head == "class\tnearest neighbour's class" and len(rows) == len(points) == 250
+    names, nearest = zip(*(row.split("\t") for row in rows))
+    assert sorted(names) == sorted(cli.model.class_names[c] for c in cli.datamodule.split("train").labels)
+    unit = torch.nn.functional.normalize(torch.tensor(points), dim=1)
+    expected = (unit @ unit.T).fill_diagonal_(-1).argmax(1)
+    assert sum(names[j] == n for j, n in zip(expected, nearest)) > 245  # the file's digits are rounded
