@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import datamodules  # noqa: F401  (`--data DigitsDataModule`: jsonargparse finds a class by its name once it is imported)
 import lightning_modules  # noqa: F401  (so `--model.loss SupConLoss`)
-from callbacks import FrozenEncoder, LastCheckpoint, RunFiles, RunLogger
+from callbacks import FrozenEncoder, LastCheckpoint, Report, RunFiles, RunLogger
 from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_checkpoint, run_folder
 from errors import InputError, first_line
 
@@ -57,7 +57,7 @@ class CLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunFiles,
-            trainer_defaults={"callbacks": [LastCheckpoint()]},
+            trainer_defaults={"callbacks": [LastCheckpoint(), Report()]},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=OneLineParser,
@@ -177,7 +177,7 @@ class CLI(LightningCLI):
 
     def after_test(self) -> None:
         run = run_folder(self.checkpoint) or self._folder
-        self._say(f"{self._folder}: config and TensorBoard events of this test. Look: tensorboard --logdir {run}")
+        self._say(f"{self._folder}: report.html, config and TensorBoard events of this test. Look: tensorboard --logdir {run}")
 
     def after_predict(self) -> None:
         self._say(f"{self._folder}/predictions.csv")
