@@ -93,12 +93,15 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates (losses: 0.1 0.5 0.02; else the config's)")
+    parser.add_argument("--also", nargs="+", default=[], help="more options of every fit, e.g. model.loss=MultiNegativeLoss")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     options = parser.parse_args()
 
+    also = [f"--{option}" for option in options.also]
     rates = options.rates or ([0.1, 0.5, 0.02] if options.study == "losses" else [None])
-    file = options.out / f"{options.study}_{options.epochs}.json"
+    named = "_".join([options.study, str(options.epochs), *options.also]).replace("/", "_")
+    file = options.out / f"{named}.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
     for seed in range(options.seeds):
         for rate in rates:
@@ -107,8 +110,8 @@ def main() -> None:
                 if key in found:
                     continue
                 given = [] if rate is None else [f"--model.lr={rate}"]
-                folder = options.out / f"{options.study}_{len(found)}"
-                found[key] = run(folder, options.data_dir, [*overrides, *given], seed, options.epochs)
+                folder = options.out / f"{named}_{len(found)}"
+                found[key] = run(folder, options.data_dir, [*also, *overrides, *given], seed, options.epochs)
                 file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     print(f"\n| setting | {' | '.join('lr ' + str(r or 'as configured') for r in rates)} |\n|---|{'---|' * len(rates)}")
