@@ -60,7 +60,7 @@ def test_metrics_curves_and_events(tmp_path, run):
         assert final[key] == pytest.approx(float(cli.trainer.callback_metrics[key]))
     events = EventAccumulator(str(folder)).Reload().Tags()
     assert {"train/loss", "train/accuracy", "val/loss", "val/accuracy"} <= set(events["scalars"])
-    assert set(events["images"]) == {"curves", "tsne"}
+    assert set(events["images"]) == {"curves", "tsne", "val_sample/pca"}
 
 
 def test_a_second_run_gets_the_next_folder(tmp_path, run):
