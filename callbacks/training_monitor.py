@@ -18,6 +18,7 @@ class TrainingMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_at, self._has_layout = trainer.global_step, False
+        self._since, self._images = None, 0  # a fit that goes on within an epoch does not pass its start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._images = None, 0  # a rate across a validation would be none
