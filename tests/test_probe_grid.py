@@ -18,13 +18,14 @@ def encoder_run(run):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_each_setting_is_trained_as_alone_and_the_best_is_chosen(encoder_run, run, optimizer):
-    shared = ["--trainer.max_epochs=3", f"--model.optimizer={optimizer}"]
+    # In batches of 33 no class is exactly a tenth, where the first gradient of its bias is rounding alone, out of which
+    # Adam makes a step of full length.
+    shared = ["--trainer.max_epochs=3", f"--model.optimizer={optimizer}", "--data.batch_size=33"]
     grid = run("fit", "linear_probe", *GRID, *shared)
     alone = []
     for i, (lr, decay) in enumerate(SETTINGS):
         cli = run("fit", "linear_probe", *shared, f"--model.lr={lr}", f"--model.weight_decay={decay}")
-        # Adam makes a step of length lr out of a gradient that is rounding alone, as the biases' first one here.
-        close = {"rtol": 1e-4, "atol": 1e-6 if optimizer == "sgd" else 0.2 * lr}
+        close = {"rtol": 1e-4, "atol": 1e-6 if optimizer == "sgd" else 1e-3 * lr}
         torch.testing.assert_close(grid.model.head.weights[i], cli.model.head.weight, **close)
         torch.testing.assert_close(grid.model.head.biases[i], cli.model.head.bias, **close)
         metrics = cli.trainer.callback_metrics
