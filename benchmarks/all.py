@@ -1,6 +1,6 @@
 """Runs the benchmarks one after the other and writes what they print to benchmarks/RESULTS.md, and JSON to --out.
 
-    pip install -e '.[benchmarks]' && python -m benchmarks.all          # an hour on two cores, which must be idle
+    pip install -e '.[benchmarks]' && python -m benchmarks.all          # on an idle machine
     python -m benchmarks.all startup probe                              # these alone; the others keep their results
 """
 

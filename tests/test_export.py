@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import export as export_module
 from callbacks.checkpoints import load_checkpoint
 from callbacks.frozen_encoder import encoder_from_checkpoint
 from main import main, one_line
@@ -112,3 +113,12 @@ def test_what_cannot_be_exported_is_refused_in_one_line(runs, run, tmp_path, cap
     main(["export", f"--ckpt_path={folder}", "--format=torch_export", f"--data_root={tmp_path / 'elsewhere'}"])
     config.unlink()
     assert "config.yaml" in refused("--ckpt_path", folder, "--format", "torch_export", "--output", tmp_path / "new.pt2")
+
+
+def test_a_file_that_differs_from_the_run_is_removed(runs, monkeypatch, capsys):
+    written = export_module.FORMATS["torch_export"]
+    monkeypatch.setitem(export_module.FORMATS, "torch_export", lambda *args: written(*args) + 1e-3)
+    folder = runs / "triplet_encoder" / "version_0"
+    assert one_line("main.py", lambda: main(["export", f"--ckpt_path={folder}", "--format=torch_export"])) == 2
+    assert "differs from the run by 1.0e-03" in capsys.readouterr().err
+    assert not list((folder / "export").iterdir())
