@@ -1,10 +1,15 @@
 """Networks that map images to features, under one contract, `Encoder`."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError, first_line
+
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
 class Encoder(nn.Module):
@@ -24,6 +29,19 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
         self.register_buffer("mirror", torch.tensor(False))
+        self._compiled: Callable[["Encoder", Tensor], Tensor] | None = None
+        self._memory_format = torch.channels_last
+
+    def run_as(self, channels_last: bool = True, compile_mode: CompileMode | None = None) -> "Encoder":
+        """How the same computation is carried out; a checkpoint neither holds nor checks it. Returns the encoder itself.
+
+        `channels_last`: weights and activations lie pixel by pixel in memory, as the images do. `compile_mode`:
+        torch.compile's, for what runs while training; evaluation does not, so that features keep their bits.
+        """
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        # Not of the bound method, which a deep copy of this encoder would share.
+        self._compiled = torch.compile(Encoder._normalised_features, mode=compile_mode) if compile_mode else None
+        return self.to(memory_format=self._memory_format)
 
     @property
     def spec(self) -> dict:
@@ -40,8 +58,18 @@ class Encoder(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Tensor:
+    def _normalised_features(self, images: Tensor) -> Tensor:
         return self.features((images - self.mean) / self.std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=self._memory_format)
+        if not (self.training and self._compiled):
+            return self._normalised_features(images)
+        try:
+            return self._compiled(self, images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"model.compile_mode: this encoder cannot be compiled here ({why}); leave the option out") from error
 
     def embed(self, images: Tensor) -> Tensor:
         """What kNN, pictures and a probe's evaluation read: (B, `feature_dim`) float32, mirror-averaged if `mirror`."""
@@ -212,7 +240,7 @@ def build_encoder(spec: dict) -> Encoder:
     if not isinstance(name, str) or name not in known:
         raise InputError(f"encoder {name!r} named by the checkpoint is not one of {', '.join(known)}")
     try:
-        return known[name](**spec.get("init_args", {})).to(memory_format=torch.channels_last)
+        return known[name](**spec.get("init_args", {})).run_as()
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError, MemoryError) as error:
         raise InputError(f"the checkpoint's arguments do not fit {name}: {first_line(error)}") from error
 

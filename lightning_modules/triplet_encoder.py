@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError, first_line
-from lightning_modules.encoders import Encoder
+from lightning_modules.encoders import CompileMode, Encoder
 from lightning_modules.losses import BatchLoss
 from lightning_modules.retrieval import retrieval_metrics, retrieval_statistics
 from lightning_modules.stage import Stage
@@ -31,6 +31,8 @@ class TripletEncoder(Stage):
         mirror: average features over each image and its mirror image; null: where the training data is flipped.
         knn_k: neighbours that vote.
         knn_temperature: τ of their weights exp(s / τ).
+        compile_mode: torch.compile's for the encoder's training passes; null: not compiled.
+        channels_last: false: images and weights lie in memory channel by channel.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class TripletEncoder(Stage):
         mirror: bool | None = None,
         knn_k: int = 20,
         knn_temperature: float = 0.07,
+        compile_mode: CompileMode | None = None,
+        channels_last: bool = True,
         num_classes: int = 10,
         **kwargs,
     ) -> None:
@@ -52,7 +56,7 @@ class TripletEncoder(Stage):
             raise InputError(f"model.knn_k {knn_k}: must be at least 1")
         if not knn_temperature > 0:
             raise InputError(f"model.knn_temperature {knn_temperature}: must be above 0")
-        self.encoder = encoder.to(memory_format=torch.channels_last)
+        self.encoder = encoder.run_as(channels_last, compile_mode)
         self.head = nn.Identity() if z_dim is None else nn.Linear(encoder.feature_dim, z_dim, bias=False)
         self.triplet_loss, self.global_mining, self.mirror = loss, global_mining, mirror
         self.knn_k, self.knn_temperature = knn_k, knn_temperature

@@ -1,10 +1,12 @@
+import copy
+
 import pytest
 import torch
 
 from datamodules import DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
-from lightning_modules.encoders import FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
+from lightning_modules.encoders import Encoder, FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
 from lightning_modules.losses import multi_negative_loss
 from lightning_modules.torchvision_encoder import TorchvisionEncoder
 
@@ -160,3 +162,41 @@ def test_features_do_not_depend_on_the_place_in_the_batch_in_float32():
     order = torch.randperm(301)
     with torch.no_grad():
         assert torch.equal(encoder(images)[order], encoder(images[order]))
+
+
+class OneConvolution(Encoder):
+    """Small, since compiling takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.feature_dim, self.conv, self.norm = 4, torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def features(self, images):
+        return self.norm(self.conv(images)).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("options", [{"channels_last": False}, {"compile_mode": "default"}])
+def test_how_an_encoder_runs_changes_rounding_alone(options):
+    images, results = torch.rand(6, 3, 32, 32, dtype=torch.float64), []
+    for given in ({}, options):
+        torch.manual_seed(0)
+        encoder = OneConvolution().double().run_as(**given)
+        trained = copy.deepcopy(encoder)
+        features = trained(images)
+        features.square().sum().backward()
+        results.append([features, trained.conv.weight.grad, trained.norm.running_mean, trained.eval()(images)])
+        assert torch.equal(encoder.conv.weight, trained.conv.weight) and not encoder.norm.running_mean.any()
+        assert list(trained.state_dict()) == list(OneConvolution().state_dict())
+        assert trained.conv.weight.is_contiguous(memory_format=torch.channels_last) == given.get("channels_last", True)
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+def test_a_machine_without_compiler_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/compiler",))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    encoder = FastEncoder(widths=[4, 8, 8]).run_as(compile_mode="default")
+    with pytest.raises(InputError, match="model.compile_mode: this encoder cannot be compiled here"):
+        encoder(torch.rand(6, 3, 32, 32))
+    encoder.eval()(torch.rand(6, 3, 32, 32))
