@@ -15,6 +15,7 @@ import datamodules  # noqa: F401  (`--data DigitsDataModule`: jsonargparse finds
 import lightning_modules  # noqa: F401  (so `--model.loss SupConLoss`)
 from callbacks import FrozenEncoder, LastCheckpoint, Report, RunFiles, RunLogger
 from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_checkpoint, run_folder
+from callbacks.run_files import peak_memory
 from errors import InputError, first_line
 
 
@@ -188,7 +189,8 @@ class CLI(LightningCLI):
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero:
-            print(text)
+            peaks = ", ".join(f"{mib:,.0f} MiB of {name}" for name, mib in peak_memory().items())
+            print(f"{text}\nPeak: {peaks}" if peaks else text)
 
 
 def bf16_is_native(accelerator: str) -> bool:

@@ -1,10 +1,12 @@
 """What every run leaves besides its checkpoints: its config, its untrained weights, and a note that it has ended."""
 
 import json
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
 
@@ -16,7 +18,7 @@ class RunFiles(SaveConfigCallback):
     """Added to every run by the command line.
 
     Writes `config.yaml` once a run has started, never over another one; `checkpoints/step0.ckpt` before the first
-    step; `finished.json` (seconds since the trainer was made, metrics) when the fit has ended. Has the last step
+    step; `finished.json` (seconds since the trainer was made, metrics, peak memory) when the fit has ended. Has the last step
     of a run that stops within an epoch (`max_steps`) validated and saved like an epoch's last.
 
     `started` is False until data, encoder and checkpoint have been accepted and the first file is due.
@@ -71,4 +73,18 @@ class RunFiles(SaveConfigCallback):
         if trainer.is_global_zero and trainer.logger:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
             note = {"seconds": time.monotonic() - self._made, "steps": trainer.global_step, "metrics": metrics}
+            note["peak_memory_mib"] = peak_memory()
             (Path(trainer.logger.log_dir) / FINISHED).write_text(json.dumps(note, indent=1) + "\n")
+
+
+def peak_memory() -> dict[str, float]:
+    """The most that this process has held so far, in MiB: of main memory, and of each GPU that it has used."""
+    peaks = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["main memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peaks |= {f"cuda:{i}": torch.cuda.max_memory_reserved(i) / 2**20 for i in range(torch.cuda.device_count())}
+    return {name: round(mib, 1) for name, mib in peaks.items() if mib}

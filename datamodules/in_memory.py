@@ -45,6 +45,7 @@ class InMemoryDataModule(LightningDataModule):
         self.classes, self.val_size, self.split_seed = classes, val_size, split_seed
         self.batch_size, self.flip, self.translate, self.cutout = batch_size, flip, translate, cutout
         self._sets: dict[str, ImageSet] = {}
+        self._left: set[str] = set()  # splits that do not lie on the training device
         self._sha256: str | None = None
 
     def load(self, split: str) -> ImageSet:
@@ -122,8 +123,8 @@ class InMemoryDataModule(LightningDataModule):
 
     def evaluation_loader(self, name: str, index: Tensor | None = None) -> BatchLoader:
         """The whole split `name`, or its images `index` (M,), in order, not augmented, on every process."""
-        inputs, labels = (x if index is None else x[index] for x in self.split(name))
-        return BatchLoader(inputs.to(self._device), labels.to(self._device), self.batch_size)
+        inputs, labels = self._placed(name, *(x if index is None else x[index] for x in self.split(name)))
+        return BatchLoader(inputs, labels, self.batch_size)
 
     def train_dataloader(self) -> BatchLoader:
         drawn = {"flip": self.flip, "translate": self.translate, "cutout": self.cutout} if self.augments else {}
@@ -136,17 +137,28 @@ class InMemoryDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> BatchLoader:
-        inputs, _ = self.split("test")
-        return BatchLoader(inputs.to(self._device), None, self.batch_size, **self._share)
+        (inputs,) = self._placed("test", self.split("test").images)
+        return BatchLoader(inputs, None, self.batch_size, **self._share)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.trainer.strategy.root_device
+    def _placed(self, name: str, *tensors: Tensor) -> list[Tensor]:
+        """The split's tensors on the training device, or where they are, said once, if it cannot hold them twice."""
+        device = self.trainer.strategy.root_device
+        wanted, free = 2 * sum(x.nbytes for x in tensors), free_memory(device)
+        if wanted > free and name not in self._left:
+            self._left.add(name)
+            why = f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} MiB free"
+            print(f"data: the {name} images stay in main memory, and each batch travels ({why})")
+        return list(tensors) if name in self._left else [x.to(device) for x in tensors]
 
     @property
     def _share(self) -> dict[str, int]:
         return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _loader(self, name: str, **training) -> BatchLoader:
-        inputs, labels = (x.to(self._device) for x in self.split(name))
+        inputs, labels = self._placed(name, *self.split(name))
         return BatchLoader(inputs, labels, self.batch_size, **self._share, **training)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes free on a GPU; elsewhere the images lie in main memory already."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")

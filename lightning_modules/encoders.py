@@ -84,6 +84,7 @@ class Encoder(nn.Module):
         kernels may depend on the batch size."""
         blocks = []
         for images, *_ in loader:
+            images = images.to(self.mean.device)  # from where they lie, if that is not beside the network
             missing = loader.batch_size - len(images)
             filled = torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing else images
             features = self(filled).float() if single_view else self.embed(filled)

@@ -175,3 +175,15 @@ def test_classes_are_relabelled_and_share_the_split_of_all_ten(tiny):
 def test_test_images_are_not_read_by_fit(tiny, run):
     (tiny / "cifar10_test.npz").write_bytes(b"no archive")
     run("fit", "softmax_regression")
+
+
+def test_images_that_do_not_fit_beside_the_model_travel_in_batches(run, monkeypatch, capsys):
+    tiny = ["--trainer.max_epochs=2", "--model.encoder.widths=[8,8,8]"]
+    resident = run("fit", "triplet_encoder", *tiny)
+    capsys.readouterr()
+    monkeypatch.setattr("datamodules.in_memory.free_memory", lambda device: 1e6)
+    travelling = run("fit", "triplet_encoder", *tiny)
+    said = [line for line in capsys.readouterr().out.splitlines() if "stay in main memory" in line]
+    assert len(said) == 1 and said[0].startswith("data: the train images stay in main memory, and each batch travels (with")
+    for ours, theirs in zip(resident.model.parameters(), travelling.model.parameters()):
+        assert torch.equal(ours, theirs)

@@ -36,7 +36,8 @@ def test_shipped_config_fits_and_tests(tmp_path, config):
     names = {p.name for p in fitted}
     assert {"config.yaml", "metrics.csv", "curves.png", "finished.json", "last.ckpt", "step0.ckpt"} <= names
     assert ("tsne.png" in names) == config.endswith("encoder")
-    assert json.loads((run / "finished.json").read_text())["steps"] == 2
+    note = json.loads((run / "finished.json").read_text())
+    assert note["steps"] == 2 and 100 < note["peak_memory_mib"]["main memory"] < 100_000
 
     cli = shipped(tmp_path, "test", config, "--ckpt_path=best")
     assert 0 <= float(cli.trainer.callback_metrics["test/accuracy"]) <= 1
