@@ -11,6 +11,8 @@ from errors import InputError
 from lightning_modules.losses import BatchLoss
 from lightning_modules.triplets import active_counts, pair_masks
 
+LARGEST = 8192  # of a larger batch, the first so many embeddings are measured
+
 
 class MiningMonitor(Callback):
     """Measures `pl_module.last_embeddings` in every so many steps of a fit, for TensorBoard and the progress bar.
@@ -50,7 +52,7 @@ class MiningMonitor(Callback):
         if step == self._measured_at or step % self.every_n_steps:  # accumulated batches share a step
             return
         self._measured_at = step
-        z, labels = pl_module.last_embeddings
+        z, labels = (x[:LARGEST] for x in pl_module.last_embeddings)
         loss = float(pl_module.last_loss)
         if not (z.isfinite().all() and math.isfinite(loss)):
             return  # LastCheckpoint ends such a fit

@@ -1,7 +1,7 @@
 """Distances between embeddings, each in two forms: of all pairs of a batch, and of pairs named row by row.
 
-`matrix(z)`: (B, D) → (B, B); `pairs(x, y)`: two (T, D) → (T,). Both differentiable, with gradient 0 (not NaN) between
-equal points. The losses take any module with these two methods.
+`matrix(z)`: (B, D) → (B, B), `matrix(z, rows)` the rows of it that a slice names; `pairs(x, y)`: two (T, D) → (T,).
+Both differentiable, with gradient 0 (not NaN) between equal points. The losses take any module with these two methods.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from errors import InputError
 
 
-def squared_euclidean_matrix(z: Tensor) -> Tensor:
-    """‖zᵢ − zⱼ‖² as a matrix product: (B, D) → (B, B), never negative."""
+def squared_euclidean_matrix(z: Tensor, rows: slice = slice(None)) -> Tensor:
+    """‖zᵢ − zⱼ‖² as a matrix product: (B, D) → (B, B) or the `rows` of it, never negative."""
     # Distances do not change with the origin, but rounding does: around the mean, close points lose fewer digits.
     z = z - z.mean(0).detach()
     norms = z.square().sum(1)
-    return torch.addmm(norms[:, None] + norms, z, z.T, alpha=-2).clamp_min(0)
+    return torch.addmm(norms[rows, None] + norms, z[rows], z.T, alpha=-2).clamp_min(0)
 
 
 class EuclideanDistance(nn.Module):
@@ -39,8 +39,8 @@ class EuclideanDistance(nn.Module):
     def project(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=1) if self.normalize else z
 
-    def matrix(self, z: Tensor) -> Tensor:
-        return self._root(squared_euclidean_matrix(self.project(z)))
+    def matrix(self, z: Tensor, rows: slice = slice(None)) -> Tensor:
+        return self._root(squared_euclidean_matrix(self.project(z), rows))
 
     def pairs(self, x: Tensor, y: Tensor) -> Tensor:
         return self._root((self.project(x) - self.project(y)).square().sum(1))
@@ -75,9 +75,9 @@ class CosineDistance(nn.Module):
 
     largest = 2.0
 
-    def matrix(self, z: Tensor) -> Tensor:
+    def matrix(self, z: Tensor, rows: slice = slice(None)) -> Tensor:
         z = F.normalize(z, dim=1)
-        return 1 - z @ z.T
+        return 1 - z[rows] @ z.T
 
     def pairs(self, x: Tensor, y: Tensor) -> Tensor:
         return 1 - (F.normalize(x, dim=1) * F.normalize(y, dim=1)).sum(1)

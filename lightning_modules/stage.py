@@ -1,5 +1,6 @@
 """What every stage shares: its metrics, its optimiser, and what its checkpoint says of itself."""
 
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -66,7 +67,9 @@ class Stage(LightningModule):
         self.class_names: list[str] | None = None
         self._resumed: dict[str, Any] | None = None  # the checkpoint that a fit goes on from
         self._resumed_metrics: dict[str, dict[str, Tensor]] = {}
-        self.accuracy = nn.ModuleDict({f"{s}/accuracy": MulticlassAccuracy(num_classes, average="micro") for s in SPLITS})
+        # The labels were checked when they were read; a check at every step would wait for the GPU.
+        accuracy = partial(MulticlassAccuracy, average="micro", validate_args=False)
+        self.accuracy = nn.ModuleDict({f"{s}/accuracy": accuracy(num_classes) for s in SPLITS})
         # NaN stays NaN: by default it is left out of the mean, and with "disable" the weights are (torchmetrics 1.9).
         self.mean_loss = nn.ModuleDict({f"{s}/loss": MeanMetric(nan_strategy=float("nan")) for s in SPLITS})
 

@@ -9,6 +9,7 @@ from lightning_modules.encoders import CompileMode, Encoder
 from lightning_modules.losses import BatchLoss
 from lightning_modules.retrieval import retrieval_metrics, retrieval_statistics
 from lightning_modules.stage import Stage
+from lightning_modules.triplets import MATRIX, anchor_blocks
 
 
 class TripletEncoder(Stage):
@@ -73,6 +74,10 @@ class TripletEncoder(Stage):
         super().setup(stage)
         if stage == "fit" and self.trainer.datamodule.batch_size < 3:
             raise InputError(f"data.batch_size {self.trainer.datamodule.batch_size}: a triplet needs three images")
+        if stage == "fit":
+            size = self.trainer.datamodule.batch_size // (1 if self.global_mining else self.trainer.world_size)
+            if (blocks := len(anchor_blocks(size))) > 1 and self.trainer.is_global_zero:
+                print(f"model.loss: the pairs of {size:,} images are worked on in {blocks} blocks, so that memory does not run out")
 
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)
@@ -101,10 +106,14 @@ class TripletEncoder(Stage):
     def predicted_classes(self, output: Tensor, labels: Tensor) -> Tensor:
         # While training among the global batch, where this process's images stand behind those of the lower ranks.
         bank, bank_labels = self.last_embeddings if self.training else (output, labels)
-        own = torch.arange(len(labels), device=labels.device)
-        similarity = F.normalize(output.float(), dim=1) @ F.normalize(bank.float(), dim=1).T
-        similarity[own, own + (self.global_rank * len(labels) if len(bank) > len(labels) else 0)] = -2
-        return bank_labels[similarity.argmax(1)]
+        first = self.global_rank * len(labels) if len(bank) > len(labels) else 0
+        queries, bank, nearest = F.normalize(output.float(), dim=1), F.normalize(bank.float(), dim=1), []
+        for rows in queries.split(max(1, MATRIX // len(bank))):
+            similarity = rows @ bank.T
+            similarity.diagonal(first).fill_(-2)
+            first += len(rows)
+            nearest.append(similarity.argmax(1))
+        return bank_labels[torch.cat(nearest)]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)

@@ -7,7 +7,7 @@ from datamodules import DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
 from lightning_modules.encoders import Encoder, FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
-from lightning_modules.losses import multi_negative_loss
+from lightning_modules.functional import multi_negative_loss
 from lightning_modules.torchvision_encoder import TorchvisionEncoder
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from errors import InputError
-from lightning_modules import losses
+from lightning_modules import functional, losses
 from lightning_modules.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
 from lightning_modules.triplets import active_counts, hardest_triplets, random_triplets
 
@@ -217,7 +217,7 @@ def test_multi_negative_loss_equals_its_definition(tau, classes):
             pairs[a, p].append(torch.exp((s[a, n] - s[a, p]) / tau))
         return torch.stack([torch.log(1 + sum(terms)) for terms in pairs.values()]).mean()
 
-    check(lambda z: losses.multi_negative_loss(z, labels, tau), slow, z)
+    check(lambda z: functional.multi_negative_loss(z, labels, tau), slow, z)
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.1, 1.0])
@@ -235,7 +235,7 @@ def test_supcon_equals_its_definition_with_the_mean_outside_the_logarithm(tau, c
                 terms.append(-sum(logs) / len(logs))
         return torch.stack(terms).mean()
 
-    check(lambda z: losses.supcon_loss(z, labels, tau), slow, z)
+    check(lambda z: functional.supcon_loss(z, labels, tau), slow, z)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -259,12 +259,12 @@ def test_prototypical_loss_equals_its_definition(tau, classes, smoothing):
                 terms.append(-(1 - smoothing) * log_p[int(labels[a])] - smoothing * spread)
         return torch.stack(terms).mean()
 
-    check(lambda z: losses.prototypical_loss(z, labels, tau, smoothing), slow, z)
+    check(lambda z: functional.prototypical_loss(z, labels, tau, smoothing), slow, z)
 
 
 def test_prototypical_loss_has_a_bounded_gradient_where_a_class_points_everywhere():
     z = torch.tensor([[1.0, 0], [-1, 0], [0, 1], [0.1, 1]], requires_grad=True)
-    losses.prototypical_loss(z, torch.tensor([0, 0, 1, 1]), 0.1).backward()
+    functional.prototypical_loss(z, torch.tensor([0, 0, 1, 1]), 0.1).backward()
     assert z.grad.norm() < 1e5
 
 
@@ -285,13 +285,13 @@ def test_pairwise_contrastive_loss_equals_the_reports_equation_2(tau, classes):
                     terms[same].append(-p.log() if same else -(1 - p).log())
         return sum(torch.stack(t).mean() for t in terms.values())
 
-    check(lambda z: losses.pairwise_contrastive_loss(z, labels, tau), slow, z)
+    check(lambda z: functional.pairwise_contrastive_loss(z, labels, tau), slow, z)
 
 
 def test_pairwise_contrastive_loss_is_exact_where_a_probability_nears_one():
     # The nearest image is a negative, all others are far: 1 − p is the share of the others, far below one unit of p.
     z = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 1e-3]], requires_grad=True)
-    loss = losses.pairwise_contrastive_loss(z, torch.tensor([0, 1, 0, 1]), 0.05)
+    loss = functional.pairwise_contrastive_loss(z, torch.tensor([0, 1, 0, 1]), 0.05)
     loss.backward()
     assert loss.isfinite() and z.grad.isfinite().all()
     # Of the eight negative pairs, 0–1 and 2–3 in both directions have 1 − p = 2 exp(−40) / (1 + 2 exp(−40)) each, the
@@ -343,13 +343,15 @@ def test_order_of_the_batch_does_not_matter(loss):
 
 def test_anchor_without_negatives_or_positives_is_left_out_not_nan():
     z, _ = batch(4)
-    value = losses.multi_negative_loss(z, torch.tensor([0, 0, 1, 2]), 0.1)
+    value = functional.multi_negative_loss(z, torch.tensor([0, 0, 1, 2]), 0.1)
     s = cosine_similarity(z[:, None], z[None], dim=2) / 0.1
     expected = [math.log(1 + sum(math.exp(s[a, n] - s[a, p]) for n in (2, 3))) for a, p in ((0, 1), (1, 0))]
     assert value.item() == pytest.approx(sum(expected) / 2)
 
 
-def test_random_triplets_are_triplets_and_uniform():
+@pytest.mark.parametrize("matrix", [2**26, 12])
+def test_random_triplets_are_triplets_and_uniform(matrix, monkeypatch):
+    monkeypatch.setattr("lightning_modules.triplets.MATRIX", matrix)  # 12: two anchors at a time
     labels = torch.tensor([0, 0, 0, 1, 1, 2])  # the last one has no positive
     seen = {}
     for seed in range(600):
@@ -363,6 +365,34 @@ def test_random_triplets_are_triplets_and_uniform():
     negatives = [n for (_, kind, _), n in seen.items() if kind == "n"]
     assert len(positives) == 2 and min(positives) > 240  # 300 expected, standard deviation 12
     assert len(negatives) == 4 and min(negatives) > 100  # 150 expected, standard deviation 11
+
+
+@pytest.mark.parametrize("loss", [loss for loss in EVERY_LOSS if getattr(loss, "triplets", "") != "random"], ids=str)
+@pytest.mark.parametrize("order", ["shuffled", "by class"])
+def test_blocks_of_anchors_give_the_same_value_and_gradient(loss, order, monkeypatch):
+    z, labels = batch(23, 4, seed=7)
+    labels = labels.sort()[0] if order == "by class" else labels
+    values = []
+    for matrix in (2**26, 23 * 3):  # all anchors at once, and three at a time
+        monkeypatch.setattr("lightning_modules.triplets.MATRIX", matrix)
+        x = z.clone().requires_grad_()
+        value = loss(x, labels)
+        value.backward()
+        values.append((value.detach(), x.grad))
+    assert values[0][1].any()
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-14)
+
+
+def test_blocks_of_anchors_give_a_learned_metric_the_same_gradient(monkeypatch):
+    z, labels = batch(23, 4, seed=7)
+    metric = DISTANCES["mahalanobis"]
+    gradients = []
+    for matrix in (2**26, 23 * 3):
+        monkeypatch.setattr("lightning_modules.triplets.MATRIX", matrix)
+        loss = losses.TripletMarginLoss("all", 0.5, metric)(z, labels)
+        gradients += torch.autograd.grad(loss, metric.factor)
+    assert gradients[0].any()
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
 
 
 def test_random_triplets_follow_the_generator():

@@ -190,3 +190,16 @@ def test_bad_input_through_the_real_command(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr == "main.py: checkpoint nowhere.ckpt: no such file or run folder\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_whose_pairs_fill_the_memory_is_worked_on_in_blocks(run, monkeypatch, capsys):
+    options = ["--trainer.max_steps=3", "--model.encoder.widths=[8,8,8]", "--trainer.precision=64-true", "--model.loss=SupConLoss"]
+    whole = run("fit", "triplet_encoder", *options)
+    assert "blocks" not in capsys.readouterr().out
+    for module in ("triplets", "triplet_encoder"):
+        monkeypatch.setattr(f"lightning_modules.{module}.MATRIX", 10 * whole.datamodule.batch_size)
+    blocks = run("fit", "triplet_encoder", *options)
+    assert "are worked on in 6 blocks" in capsys.readouterr().out
+    for ours, theirs in zip(blocks.model.parameters(), whole.model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert blocks.trainer.callback_metrics["train/accuracy"] == whole.trainer.callback_metrics["train/accuracy"]
