@@ -1,43 +1,55 @@
 """Time and memory of losses and miners, forward and backward, beside pytorch-metric-learning's on the same embeddings.
 
-    pip install -e '.[benchmarks]' && python -m benchmarks.losses              # B = 512 and 2048, then 4096 alone
-    python -m benchmarks.losses --sizes 256 512 --repetitions 5
+    pip install -e '.[benchmarks]' && python -m benchmarks.losses              # B = 256 … 8192
+    python -m benchmarks.losses --sizes 512 2048 --repetitions 3
 
-Prints a table of medians over alternating repetitions and their ratio, checks that value and gradient agree, and
-writes it as JSON with --json FILE. The peer is left out (–) where its index lists exceed --limit triplets.
+Batches of ten classes, 128 dimensions; value and gradient of both sides must agree. The peer's column ends where its
+index lists do not fit into four fifths of the free memory. Peak memory is what a call adds (Linux).
 """
 
-import argparse
-import json
-import platform
-import resource
+import ctypes
+import gc
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import pytorch_metric_learning
 import torch
 from pytorch_metric_learning import losses as peers
 from pytorch_metric_learning import miners
 
-from benchmarks.common import exponent
+from benchmarks.common import arguments, exponent, machine, median_ratio, show
 from lightning_modules.distances import EuclideanDistance
-from lightning_modules.losses import SupConLoss, TripletMarginLoss
+from lightning_modules.losses import (
+    LMNNLoss,
+    MultiNegativeLoss,
+    PairwiseContrastiveLoss,
+    PrototypicalLoss,
+    SoftMarginTripletLoss,
+    SupConLoss,
+    TripletMarginLoss,
+)
 
 MARGIN, CLASSES, WIDTH = 0.2, 10, 128
+SPHERE = EuclideanDistance(normalize=True)
 
 
 def pairs():
-    """name → (ours, the peer's), each called as loss(z, labels)."""
-    sphere, theirs = EuclideanDistance(normalize=True), peers.TripletMarginLoss(MARGIN)
+    """name → (ours, the peer's or None), each called as loss(z, labels)."""
+    margin, soft = peers.TripletMarginLoss(MARGIN), peers.TripletMarginLoss(0, smooth_loss=True)
     semihard, hard = miners.TripletMarginMiner(MARGIN, type_of_triplets="semihard"), miners.BatchHardMiner()
     return {
-        "triplet margin, all": (TripletMarginLoss("all", MARGIN, sphere), theirs),
-        "triplet margin, semihard": (
-            TripletMarginLoss("semihard", MARGIN, sphere),
-            lambda z, y: theirs(z, y, semihard(z, y)),
-        ),
-        "triplet margin, hard": (TripletMarginLoss("hard", MARGIN, sphere), lambda z, y: theirs(z, y, hard(z, y))),
+        "triplet margin, all": (TripletMarginLoss("all", MARGIN, SPHERE), margin),
+        "triplet margin, semihard": (TripletMarginLoss("semihard", MARGIN, SPHERE), lambda z, y: margin(z, y, semihard(z, y))),
+        "triplet margin, hard": (TripletMarginLoss("hard", MARGIN, SPHERE), lambda z, y: margin(z, y, hard(z, y))),
+        "triplet margin, random": (TripletMarginLoss("random", MARGIN, SPHERE), None),
+        "soft margin, hard": (SoftMarginTripletLoss("hard", SPHERE), lambda z, y: soft(z, y, hard(z, y))),
+        "multi-negative (its NTXentLoss)": (MultiNegativeLoss(0.1), peers.NTXentLoss(0.1)),
         "SupCon": (SupConLoss(0.1), peers.SupConLoss(0.1)),
+        "pairwise contrastive": (PairwiseContrastiveLoss(0.1), None),
+        "LMNN": (LMNNLoss(), None),
+        "prototypical": (PrototypicalLoss(), None),
     }
 
 
@@ -57,58 +69,73 @@ def step(loss, z: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.Tens
     return float(value.detach()), z.grad, time.perf_counter() - start
 
 
-def compare(size: int, repetitions: int, limit: float) -> list[dict]:
-    z, labels = embeddings(size)
-    triplets = size**3 / CLASSES * (1 - 1 / CLASSES)
-    rows = []
-    for name, (ours, theirs) in pairs().items():
-        # The peer lists every triplet; batch-hard and SupCon work on the matrix as ours do.
-        fits = triplets <= limit or name in ("triplet margin, hard", "SupCon")
-        difference = None
-        if fits:
-            (value, gradient, _), (expected, expected_gradient, _) = step(ours, z, labels), step(theirs, z, labels)
-            difference = max(abs(value - expected), float((gradient - expected_gradient).abs().max()))
-        times: dict[str, list[float]] = {"ours": [], "peer": []}
-        for _ in range(repetitions):
-            times["ours"].append(step(ours, z, labels)[2])
-            if fits:
-                times["peer"].append(step(theirs, z, labels)[2])
-        seconds = {who: statistics.median(t) if t else None for who, t in times.items()}
-        ratio = statistics.median(b / a for a, b in zip(times["ours"], times["peer"])) if fits else None
-        rows.append({"loss": name, "batch": size, **seconds, "ratio": ratio, "difference": difference})
-    return rows
+def memory(name: str, file: str = "/proc/self/status") -> int:
+    return next(int(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(f"{name}:"))
+
+
+def peak_mib(call) -> float | None:
+    """What `call` adds to the memory held by this process, at most."""
+    if sys.platform != "linux":
+        call()
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here (proc(5))
+    before = memory("VmRSS")
+    call()
+    return (memory("VmHWM") - before) / 1024
+
+
+def limit_memory() -> None:
+    """Has an allocation of more than four fifths of what is free now fail, instead of the machine."""
+    if sys.platform == "linux":
+        import resource
+
+        limit = 1024 * (memory("VmData") + memory("MemAvailable", "/proc/meminfo") * 4 // 5)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 2048, 4096])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=2e7, help="triplets that the peer may list (default: %(default).0e)")
-    parser.add_argument("--json", help="file to write the rows to")
+    parser = arguments(__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192])
     options = parser.parse_args()
-
-    versions = f"torch {torch.__version__}, pytorch-metric-learning {pytorch_metric_learning.__version__}"
-    print(f"{versions}, {torch.get_num_threads()} threads, {platform.machine()}; forward + backward, {WIDTH} dimensions")
-    print("| loss | B | ours, ms | peer, ms | peer / ours | largest difference | peak memory added, MiB |")
-    print("|---|---|---|---|---|---|---|")
-    rows = []
+    limit_memory()
+    rows, ours_by_size, too_large = [], {}, set()
     for size in options.sizes:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for row in compare(size, options.repetitions, options.limit):
-            row["peak_mib"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        z, labels = embeddings(size)
+        step(SupConLoss(), z, labels)  # threads and buffers are made
+        for name, (ours, theirs) in pairs().items():
+            found = {}
+            row = {"loss": name, "B": size, "added, MiB": peak_mib(lambda: found.update(ours=step(ours, z, labels)))}
+            theirs = None if name in too_large else theirs
+            row["theirs, MiB"] = row["largest difference"] = None
+            if theirs:
+                try:
+                    row["theirs, MiB"] = peak_mib(lambda: found.update(theirs=step(theirs, z, labels)))
+                except (RuntimeError, MemoryError) as error:
+                    print(f"{name}: pytorch-metric-learning does not fit at B = {size} ({str(error).splitlines()[0][:120]})")
+                    too_large.add(name)
+                    theirs = None
+            if theirs:
+                (value, gradient, _), (expected, its_gradient, _) = found["ours"], found["theirs"]
+                row["largest difference"] = max(abs(value - expected), float((gradient - its_gradient).abs().max()))
+            times = {"ours": [], "theirs": []}
+            for _ in range(options.repetitions):
+                times["ours"].append(step(ours, z, labels)[2])
+                if theirs:
+                    times["theirs"].append(step(theirs, z, labels)[2])
+            ours_by_size.setdefault(name, {})[size] = statistics.median(times["ours"])
+            row["ours, ms"] = 1e3 * ours_by_size[name][size]
+            row["theirs, ms"] = 1e3 * statistics.median(times["theirs"]) if theirs else None
+            row["ratio"] = median_ratio(times["theirs"], times["ours"]) if theirs else None
             rows.append(row)
-            peer = "– | – | –"
-            if row["peer"] is not None:
-                peer = f"{row['peer'] * 1e3:.1f} | {row['ratio']:.1f} | {row['difference']:.1e}"
-            print(f"| {row['loss']} | {size} | {row['ours'] * 1e3:.1f} | {peer} | {row['peak_mib']:.0f} |", flush=True)
-    sizes = [b for b in options.sizes if b >= 512]
-    if len(sizes) > 1:
-        for name in pairs():
-            milliseconds = [row["ours"] for row in rows if row["loss"] == name and row["batch"] in sizes]
-            print(f"| {name} | {min(sizes)}–{max(sizes)} | ∝ B^{exponent(sizes, milliseconds):.2f} | – | – | – | – |")
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    rows.sort(key=lambda row: list(ours_by_size).index(row["loss"]))
+    for row in rows:
+        sizes = {b: t for b, t in ours_by_size[row["loss"]].items() if b >= 512}
+        row["∝ B^"] = exponent(list(sizes), list(sizes.values())) if len(sizes) > 1 else None
+    print(machine(), f"pytorch-metric-learning {pytorch_metric_learning.__version__}")
+    order = ["loss", "B", "ours, ms", "theirs, ms", "ratio", "added, MiB", "theirs, MiB", "largest difference", "∝ B^"]
+    show([{key: row[key] for key in order} for row in rows], options.json)
 
 
 if __name__ == "__main__":
