@@ -29,13 +29,14 @@ def main() -> None:
     sections = dict(part.split("\n", 1) for part in RESULTS.read_text().split("\n## ")[1:]) if RESULTS.is_file() else {}
     for name in options.names or NAMES:
         print(f"{name} …", flush=True)
-        needs_data = ["--data-dir", options.data_dir] if name not in ("losses", "memory") else []
+        needs_data = ["--data-dir", options.data_dir] if name in ("training", "probe", "regression", "scaling") else []
         command = ["-m", f"benchmarks.{name}", *needs_data]
         given = [*command, "--json", str(options.out / f"{name}.json")]
         printed = subprocess.run([sys.executable, *given], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         first = next(i for i, line in enumerate(printed) if line.startswith("| "))
         says = next(line for line in reversed(printed[:first]) if line)  # machine and versions
         table = [line for line in printed[first:] if line.startswith("|") or line.startswith("ratio")]
+        table += ["", *(line for line in printed if "does not fit" in line)]
         title = import_module(f"benchmarks.{name}").__doc__.strip().split("\n\n")[0]
         text = [title, "", f"`python {' '.join(command)}`, {date.today()}: {says}", "", *table, ""]
         sections[name] = "\n".join(text)

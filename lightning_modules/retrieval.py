@@ -46,8 +46,7 @@ def retrieval_statistics(
         similarity = x @ bank.T
         nearest, index = similarity.topk(places, dim=1)
         neighbours = bank_labels[index]
-        votes = torch.zeros(len(x), num_classes, device=bank.device)
-        votes.scatter_add_(1, neighbours[:, :k], ((nearest[:, :k] - 1) / temperature).exp())
+        votes = _votes(nearest[:, :k], neighbours[:, :k], num_classes, temperature)
         of_class = neighbours == y[:, None]
         size = members[y].clamp_min(1)[:, None]
         hits = (of_class & (place <= members[y][:, None])).float()
@@ -63,6 +62,25 @@ def retrieval_statistics(
         )
         found.append(torch.cat([column.float() for column in columns], dim=1))
     return torch.cat(found)
+
+
+@torch.no_grad()
+def knn_probabilities(
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """Each class's share (Q, num_classes) of the votes of the k nearest, as in `retrieval_statistics`' knn_accuracy."""
+    bank, k, shares = F.normalize(bank, dim=1), min(k, len(bank)), []
+    for x in F.normalize(queries, dim=1).split(max(1, CHUNK // len(bank))):
+        nearest, index = (x @ bank.T).topk(k, dim=1)
+        votes = _votes(nearest, bank_labels[index], num_classes, temperature)
+        shares.append(votes / votes.sum(1, keepdim=True))
+    return torch.cat(shares)
+
+
+def _votes(nearest: Tensor, neighbours: Tensor, num_classes: int, temperature: float) -> Tensor:
+    """Similarities (Q, k) and classes (Q, k) of the nearest → votes (Q, num_classes), up to a factor for each query."""
+    weights = ((nearest - nearest[:, :1]) / temperature).exp()  # of the nearest 1, so that the sum is above 0
+    return weights.new_zeros(len(nearest), num_classes).scatter_add_(1, neighbours, weights)
 
 
 def retrieval_metrics(means: Tensor) -> dict[str, float]:

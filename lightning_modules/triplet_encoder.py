@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from errors import InputError, first_line
 from lightning_modules.encoders import CompileMode, Encoder
 from lightning_modules.losses import BatchLoss
-from lightning_modules.retrieval import retrieval_metrics, retrieval_statistics
+from lightning_modules.retrieval import knn_probabilities, retrieval_metrics, retrieval_statistics
 from lightning_modules.stage import Stage
 from lightning_modules.triplets import MATRIX, anchor_blocks
 
@@ -17,7 +17,8 @@ class TripletEncoder(Stage):
 
     `accuracy` is that of the nearest neighbour (cosine) within the batch. `validate` and `test` add what the nearest
     neighbours among all training images say, on the features before the projection head: `knn_accuracy`,
-    `precision_at_1`, `r_precision`, `map_at_r`, `alignment`, `uniformity` (see `retrieval_statistics`).
+    `precision_at_1`, `r_precision`, `map_at_r`, `alignment`, `uniformity` (see `retrieval_statistics`). `predict` has
+    these neighbours vote.
 
     While fitting, `last_embeddings` holds the global batch's embeddings and labels, `last_features` this process's
     features, without gradient: what the monitors among the callbacks read.
@@ -70,7 +71,7 @@ class TripletEncoder(Stage):
 
     def setup(self, stage: str) -> None:
         if stage == "predict":
-            raise InputError("a triplet encoder has no classes to predict: fit a probe on it and predict with the probe")
+            self.trainer.datamodule.split("train")  # the neighbours: read now, so that the checkpoint is checked for them
         super().setup(stage)
         if stage == "fit" and self.trainer.datamodule.batch_size < 3:
             raise InputError(f"data.batch_size {self.trainer.datamodule.batch_size}: a triplet needs three images")
@@ -114,6 +115,16 @@ class TripletEncoder(Stage):
             first += len(rows)
             nearest.append(similarity.argmax(1))
         return bank_labels[torch.cat(nearest)]
+
+    def on_predict_start(self) -> None:
+        with torch.inference_mode(), self.trainer.precision_plugin.forward_context():
+            self._bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"))
+
+    def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
+        """The classes' shares (B, num_classes) of the votes of the nearest training images."""
+        labels = self.trainer.datamodule.split("train").labels.to(self.device)
+        options = self.num_classes, self.knn_k, self.knn_temperature
+        return knn_probabilities(self.encoder.embed(batch[0]), self._bank, labels, *options)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)

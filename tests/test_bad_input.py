@@ -265,10 +265,15 @@ def test_checkpoints_made_to_run_code_or_fill_the_memory(tmp_path, run, refused)
     run(*probe)
 
 
-def test_predict_wants_a_classifier_and_a_folder(tmp_path, run, refused):
-    run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]")
-    options = ["--model.encoder.init_args.widths=[8,8,8]", "--ckpt_path=best"]
-    refused("predict", "triplet_encoder", *options, words=["fit a probe on it"])
+def test_predict_of_an_encoder_wants_the_images_it_was_trained_on(tmp_path, tiny, run, refused):
+    options = ["--model.encoder.init_args.widths=[8,8,8]"]
+    run("fit", "triplet_encoder", *options)
+    with np.load(tiny / "cifar10_train.npz") as file:
+        np.savez(tiny / "cifar10_train.npz", images=255 - file["images"], labels=file["labels"])
+    refused("predict", "triplet_encoder", *options, "--ckpt_path=best", words=["data.train_sha256"])
+
+
+def test_predict_wants_a_folder(tmp_path, run, refused):
     run("fit", "softmax_regression")
     folder = tmp_path / "runs" / "softmax_regression" / "version_0"
     refused("predict", "softmax_regression", f"--ckpt_path={folder}", "--trainer.logger=false", words=["--trainer.logger"])

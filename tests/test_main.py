@@ -127,6 +127,29 @@ def test_saved_config_repeats_the_run(tmp_path, run):
     assert torch.equal(tested.model.linear.weight, again.model.linear.weight)
 
 
+def test_an_encoders_neighbours_vote(tmp_path, run):
+    """`predict` by the neighbours whose accuracy `validate` tells."""
+    small = ["--model.encoder.widths=[8,8,8]", "--model.knn_k=5", "--trainer.precision=32-true"]
+    run("fit", "triplet_encoder", "--trainer.max_epochs=4", *small)
+    cli = run("predict", "triplet_encoder", "--ckpt_path=best", *small)
+    with (tmp_path / "runs" / "triplet_encoder" / "version_0" / "predict_0" / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    labels, expected = cli.datamodule.split("test").labels.tolist(), []
+    with torch.no_grad():
+        (train, of), (test, _) = (cli.datamodule.split(name) for name in ("train", "test"))
+        bank, queries = (cli.model.encoder.embed(x.permute(0, 3, 1, 2).float() / 255) for x in (train, test))
+    for query in queries:
+        similarity = torch.cosine_similarity(query[None], bank)
+        nearest = similarity.argsort(descending=True)[:5]
+        votes = torch.zeros(10).index_add_(0, of[nearest], (similarity[nearest] / 0.07).exp())
+        expected.append((votes.argmax().item(), (votes.max() / votes.sum()).item()))
+    assert [int(row["label"]) for row in rows] == [label for label, _ in expected]
+    assert [float(row["probability"]) for row in rows] == pytest.approx([p for _, p in expected], abs=1e-4)
+    tested = run("test", "triplet_encoder", "--ckpt_path=best", *small)
+    right = sum(int(row["label"]) == label for row, label in zip(rows, labels)) / len(labels)
+    assert float(tested.trainer.callback_metrics["test/knn_accuracy"]) == pytest.approx(right)
+
+
 def test_command_line_wins_over_the_checkpoint(tmp_path, run):
     run("fit", "softmax_regression", "--model.lr=0.5")
     assert run("test", "softmax_regression", "--model.lr=0.25", "--ckpt_path=best").model.lr == 0.25
