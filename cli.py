@@ -1,6 +1,7 @@
 """The command line: LightningCLI with one resolver for checkpoints, one line for an error, one line at the end."""
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -18,6 +19,9 @@ from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_c
 from callbacks.run_files import peak_memory
 from errors import InputError, first_line
 
+if not torch.cuda.is_available():
+    # Lightning has CUDA looked for by NVML, for which an optimiser opens its library anew at every step.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 # The trainer's lines about TPUs and other products; its warnings stay, but for those that are about our own intent.
 for name in (

@@ -43,8 +43,8 @@ def keep_freed_memory() -> None:
     """Has glibc keep freed blocks of any size for the next allocation instead of handing them back to the kernel.
 
     It returns blocks above 32 MiB at once, as large as one activation of a batch, and every training step then pays for
-    zeroed pages again (`python -m benchmarks.memory`: 5,900 page faults a step and 6 % of the rate on two cores with
-    torch 2.14). Elsewhere nothing is changed.
+    zeroed pages again (`python -m benchmarks.memory`: 4,031 page faults a step against 33. What that is worth differs by
+    machine and hour: the rate's ratio was 1.06 on one, and 0.95 within noise on another). Elsewhere nothing is changed.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,13 +1,14 @@
 """The hand-over: an encoder run's weights, verified and frozen, given to a probe before it has an optimiser."""
 
 import hashlib
+import importlib
 from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from callbacks.checkpoints import load_checkpoint, newest_finished, resolve_checkpoint
-from errors import InputError
+from errors import InputError, first_line
 from lightning_modules.encoders import Encoder, build_encoder
 
 
@@ -28,6 +29,7 @@ class FrozenEncoder(Callback):
         cache: compute features once; false: in every step, with bit-identical results in float32.
         unfreeze_at_epoch: train the encoder too from this epoch on (the first is 0); null: never.
         encoder_lr: its learning rate, which follows the schedule of the head's; null: a tenth of the head's.
+        encoder_module: the Python module of an encoder class of your own; a checkpoint names its class, and imports none.
     """
 
     def __init__(
@@ -36,7 +38,14 @@ class FrozenEncoder(Callback):
         cache: bool = True,
         unfreeze_at_epoch: int | None = None,
         encoder_lr: float | None = None,
+        encoder_module: str | None = None,
     ) -> None:
+        if encoder_module is not None:
+            try:
+                importlib.import_module(encoder_module)
+            except Exception as error:  # whatever that module does
+                why = f"{type(error).__name__}: {first_line(error)}"
+                raise InputError(f"frozen_encoder.encoder_module {encoder_module}: cannot be imported ({why})") from error
         if unfreeze_at_epoch is not None and unfreeze_at_epoch < 0:
             raise InputError(f"frozen_encoder.unfreeze_at_epoch {unfreeze_at_epoch}: must be 0 or more, or null for never")
         if encoder_lr is not None and (unfreeze_at_epoch is None or not encoder_lr > 0):

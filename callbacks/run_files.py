@@ -29,6 +29,7 @@ class RunFiles(SaveConfigCallback):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._made = time.monotonic()
+        self._made_by: dict | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Lightning's callback writes here, before the run's input has been accepted."""
@@ -60,10 +61,10 @@ class RunFiles(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         """What made the checkpoint: the whole config and the packages' versions."""
-        checkpoint["made_by"] = {
-            "config": self.parser.dump(self.config, skip_none=False),
-            "versions": {name: version(name) for name in ("torch", "pytorch-lightning", "torchmetrics", "torchvision")},
-        }
+        if self._made_by is None:  # once: a tenth of a second
+            versions = {name: version(name) for name in ("torch", "pytorch-lightning", "torchmetrics", "torchvision")}
+            self._made_by = {"config": self.parser.dump(self.config, skip_none=False), "versions": versions}
+        checkpoint["made_by"] = self._made_by
 
     def on_train_batch_end(self, trainer: Trainer, *args) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:

@@ -3,23 +3,39 @@ Images", 2009)."""
 
 import urllib.error
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from datamodules.arrays import ImageSet, read_npz
+from datamodules.image_folder import image_files, read_images
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError
 
 
+CIFAR100_CLASSES = tuple((
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+    "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+    "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster "
+    "man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck "
+    "pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk "
+    "skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger "
+    "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+).split())  # fmt: skip
+
+
 class CIFAR10DataModule(InMemoryDataModule):
-    """CIFAR-10, or images of the same shape in .npz files.
+    """CIFAR-10 or CIFAR-100, or images of the same shape in .npz files.
 
     Args:
         root: folder where `cifar10_train.npz` and `cifar10_test.npz` are looked for first, then torchvision's copy.
-        train_npz: training file (`images` (N, 32, 32, 3) uint8, `labels` (N,) integers in 0..9) to use instead.
-        test_npz: test file to use instead; without labels it serves `predict` only.
+        dataset: cifar100: a hundred classes, from `cifar100_*.npz` or torchvision.
+        train_npz: training file (`images` (N, 32, 32, 3) uint8, `labels` (N,) integers in 0..9, cifar100: 0..99) to use
+            instead.
+        test_npz: test file to use instead; without labels it serves `predict` only, and so does a folder of images of
+            any size (`image_folder.read_images`).
         download: let torchvision download CIFAR-10 (170 MB, checksum verified) into `root` when nothing is there.
         classes: keep these classes only, relabelled 0, 1, … in this order: [0, 1] is airplane against automobile.
         val_size: training images held out for validation, counted before `classes` is applied.
@@ -35,6 +51,7 @@ class CIFAR10DataModule(InMemoryDataModule):
     def __init__(
         self,
         root: str = "data",
+        dataset: Literal["cifar10", "cifar100"] = "cifar10",
         train_npz: str | None = None,
         test_npz: str | None = None,
         download: bool = True,
@@ -46,10 +63,16 @@ class CIFAR10DataModule(InMemoryDataModule):
         translate: int = 2,
         cutout: int = 0,
     ) -> None:
+        if dataset == "cifar100":
+            self.CLASSES = CIFAR100_CLASSES
         super().__init__(classes, val_size, split_seed, batch_size, flip, translate, cutout)
         self.save_hyperparameters()
-        self.root, self.download = Path(root), download
+        self.root, self.dataset, self.download = Path(root), dataset, download
         self.npz = {"train": train_npz, "test": test_npz}
+
+    @property
+    def torchvision_class(self) -> type[CIFAR10]:
+        return CIFAR100 if self.dataset == "cifar100" else CIFAR10
 
     def prepare_data(self) -> None:
         split = "test" if self.trainer.state.fn in ("test", "predict") else "train"
@@ -58,6 +81,10 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     def load(self, split: str) -> ImageSet:
         path = self._npz(split)
+        if path is not None and path.is_dir() and split == "test":
+            files = image_files(path)
+            self.test_files = list(map(str, files))
+            return ImageSet(read_images(files), None)
         if path is not None:
             return read_npz(path, len(self.CLASSES), labels_required=split == "train")
         dataset = self._torchvision(split, download=False)
@@ -67,16 +94,17 @@ class CIFAR10DataModule(InMemoryDataModule):
     def _npz(self, split: str) -> Path | None:
         if self.npz[split] is not None:
             return Path(self.npz[split])
-        path = self.root / f"cifar10_{split}.npz"
+        path = self.root / f"{self.dataset}_{split}.npz"
         return path if path.exists() else None
 
     def _torchvision(self, split: str, download: bool) -> CIFAR10:
-        ways = f"put cifar10_{split}.npz into {self.root}/, or give --data.{split}_npz FILE"
+        name = self.torchvision_class.__name__.replace("CIFAR", "CIFAR-")
+        ways = f"put {self.dataset}_{split}.npz into {self.root}/, or give --data.{split}_npz FILE"
         try:
-            return CIFAR10(str(self.root), train=split == "train", download=download)
+            return self.torchvision_class(str(self.root), train=split == "train", download=download)
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", error)
-            raise InputError(f"no CIFAR-10 in {self.root}/ and the download failed ({reason}); {ways}") from error
+            raise InputError(f"no {name} in {self.root}/ and the download failed ({reason}); {ways}") from error
         except (RuntimeError, OSError) as error:
             why = "the download is switched off" if not self.download else str(error).splitlines()[0]
-            raise InputError(f"no intact CIFAR-10 in {self.root}/ ({why}); {ways}") from error
+            raise InputError(f"no intact {name} in {self.root}/ ({why}); {ways}") from error

@@ -18,6 +18,7 @@ class InMemoryDataModule(LightningDataModule):
     """
 
     CLASSES: tuple[str, ...]
+    test_files: list[str] | None = None  # the test images' own files, where they come from a folder
 
     def __init__(
         self,

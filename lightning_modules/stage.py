@@ -116,7 +116,10 @@ class Stage(LightningModule):
         # Whatever is drawn in a step depends on the step alone: the same on every process and after a resume.
         key = (self._seed, self.current_epoch, batch_idx)
         self._step_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-        torch.manual_seed(self._step_seed)
+        # Not torch.manual_seed: for every device that is not in use it keeps the seed and a stack trace, step by step.
+        torch.default_generator.manual_seed(self._step_seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(self._step_seed)
 
     def probabilities(self, output: Tensor) -> Tensor:
         """Class probabilities (B, num_classes) of what `forward` gives."""

@@ -7,6 +7,7 @@ import torchvision
 
 from datamodules import CIFAR10DataModule, DigitsDataModule
 from datamodules.arrays import stratified_split
+from datamodules.cifar10 import CIFAR100_CLASSES
 from datamodules.loader import BatchLoader
 from errors import InputError
 
@@ -38,6 +39,21 @@ def test_torchvisions_copy_is_read_and_delivered_channels_last(tmp_path, monkeyp
     assert train.labels.tolist() == [k % 10 for k in range(20)] * 5
     batch, _ = next(iter(BatchLoader(*data.split("train"), 30)))
     assert batch.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_cifar100_is_one_option(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)  # these are not its bytes
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": CIFAR100_CLASSES}))
+    pixels = {name: images(count=300, seed=k) for k, name in enumerate(("train", "test"))}
+    for name, batch in pixels.items():
+        content = {"data": batch.permute(0, 3, 1, 2).reshape(300, 3072).numpy(), "fine_labels": [k % 100 for k in range(300)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    data = CIFAR10DataModule(root=str(tmp_path), dataset="cifar100", val_size=100)
+    assert data.num_classes == 100 and len(set(data.class_names)) == 100 and data.class_names[99] == "worm"
+    assert torch.equal(data.load("test").images, pixels["test"]) and data.load("train").labels.max() == 99
+    assert data.split("val").labels.tolist() and CIFAR10DataModule().num_classes == 10
 
 
 def test_split_is_stratified_disjoint_and_fixed():

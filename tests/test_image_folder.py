@@ -1,0 +1,135 @@
+"""Folders of images: what is read, what is said, what is refused, and every command on them."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from conftest import CONFIGS
+from datamodules import ImageFolderDataModule
+from datamodules.image_folder import read_images
+from errors import InputError
+from main import main, one_line
+
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of noisy colours, of 40 to 60 images of several sizes and modes; test images of two of them."""
+    rng = np.random.default_rng(0)
+    for split, counts in (("train", {"red": 60, "green": 50, "blue": 40}), ("test", {"red": 6, "blue": 4})):
+        for name, count in counts.items():
+            (tmp_path / "own" / split / name).mkdir(parents=True)
+            for i in range(count):
+                shape = [(32, 32, 3), (48, 64, 3), (33, 20, 3)][i % 3]
+                pixels = np.clip(rng.normal(COLOURS[name], 25, shape), 0, 255).astype(np.uint8)
+                image = Image.fromarray(pixels).convert("RGBA" if i % 4 == 1 else "RGB")
+                image.save(tmp_path / "own" / split / name / f"{i}.{'png' if i % 2 else 'JPG'}".replace("JPG", "png" if i % 4 == 1 else "JPG"))
+    return tmp_path / "own"
+
+
+def command(tmp_path, name, config, *more):
+    given = ["--config", str(CONFIGS / f"{config}.yaml"), "--data=ImageFolderDataModule", f"--data.root={tmp_path / 'own'}"]
+    return main([name, *given, "--data.batch_size=30", f"--trainer.logger.save_dir={tmp_path / 'runs'}", *more])
+
+
+def test_classes_counts_and_sizes_are_said(folder, capsys):
+    data = ImageFolderDataModule(str(folder))
+    assert data.class_names == ["blue", "green", "red"] and data.val_size == 15
+    train, test = data.split("train"), data.split("test")
+    said = capsys.readouterr().out
+    assert "150 images of 3 classes" in said and "fewest 40 blue, most 60 red" in said
+    assert "99 of 150 images" in said and "(20×33 … 64×48)" in said
+    assert train.images.shape == (135, 32, 32, 3) and train.images.dtype == torch.uint8
+    for images, labels in (train, test):
+        for name, colour in COLOURS.items():
+            chosen = images[labels == data.class_names.index(name)]
+            if name == "green" and images is test.images:
+                assert not len(chosen)
+            else:
+                torch.testing.assert_close(chosen.float().mean((0, 1, 2)), torch.tensor(colour).float(), rtol=0, atol=4)
+
+
+def test_an_image_keeps_its_middle(tmp_path):
+    pixels = np.zeros((64, 192, 3), np.uint8)
+    pixels[:, 64:128] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    Image.fromarray(pixels[:32, 48:80]).save(tmp_path / "exact.png")
+    wide, exact = read_images([tmp_path / "wide.png", tmp_path / "exact.png"])
+    assert wide[:, 1:-1].min() == 255 and exact.tolist() == pixels[:32, 48:80].tolist()
+
+
+def test_every_command_works_on_a_folder(folder, tmp_path):
+    small = ["--model.encoder.widths=[8,8,8]", "--trainer.max_epochs=2"]
+    command(tmp_path, "fit", "triplet_encoder", *small)
+    command(tmp_path, "fit", "linear_probe", "--data.flip=false", "--data.translate=0", "--trainer.max_epochs=3")
+    tested = command(tmp_path, "test", "linear_probe", "--ckpt_path=best")
+    assert float(tested.trainer.callback_metrics["test/accuracy"]) >= 0.8
+
+    for path in (folder / "test").rglob("*.*"):  # without their class folders: for predict alone
+        path.rename(folder / "test" / f"{path.parent.name}{path.name}")
+    for name in ("red", "blue"):
+        (folder / "test" / name).rmdir()
+    command(tmp_path, "predict", "linear_probe", "--ckpt_path=best")
+    with (tmp_path / "runs/linear_probe/version_0/predict_0/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = [path.name.rstrip("0123456789.pngJPG") for path in sorted((folder / "test").iterdir())]
+    assert len(rows) == 10 and sum(row["class_name"] == name for row, name in zip(rows, names)) >= 8
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda folder: (folder / "train/red/0.JPG").write_bytes(b"no image"), ["0.JPG", "not a readable image"]),
+        (lambda folder: (folder / "train/red/0.JPG").write_bytes((folder / "train/red/0.JPG").read_bytes()[:300]), ["0.JPG", "not a readable"]),
+        (lambda folder: (folder / "train/empty").mkdir(), ["empty", "no images"]),
+        (lambda folder: (folder / "train").rename(folder / "training"), ["train", "no such folder"]),
+        (lambda folder: [(folder / "train" / name).rename(folder / name) for name in ("red", "blue")], ["at least two classes"]),
+    ],
+)
+def test_what_cannot_be_read_is_named(damage, words, folder, tmp_path, capsys):
+    damage(folder)
+    assert one_line("main.py", lambda: command(tmp_path, "fit", "softmax_regression")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_test_folders_of_other_classes_are_refused(folder):
+    (folder / "test" / "red").rename(folder / "test" / "pink")
+    with pytest.raises(InputError, match="folder pink is none of the classes blue, green, red"):
+        ImageFolderDataModule(str(folder)).split("test")
+
+
+def test_a_classifier_predicts_a_folder_and_writes_features(folder, tmp_path, run):
+    run("fit", "triplet_encoder", "--model.encoder.widths=[8,8,8]")
+    run("fit", "linear_probe")
+
+    def predict(config):
+        given = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+        writer = next(c for c in given["trainer"]["callbacks"] if c["class_path"] == "PredictionWriter")
+        writer["init_args"] = {"features": True}
+        (tmp_path / "features.yaml").write_text(yaml.safe_dump(given))
+        return run("predict", config, f"--config={tmp_path / 'features.yaml'}", *again, "--ckpt_path=best")
+
+    again = [f"--data.root={tmp_path / 'data'}", "--data.val_size=50", "--data.batch_size=60", f"--data.test_npz={folder / 'test'}"]
+    again += [f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--trainer.precision=32-true", "--trainer.accelerator=cpu"]
+    cli = predict("linear_probe")
+    out = tmp_path / "runs/linear_probe/version_0/predict_0"
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    files = sorted(map(str, (folder / "test").rglob("*.*")))
+    assert [row["file"] for row in rows] == files
+    with np.load(out / "features.npz") as file:
+        features = torch.from_numpy(file["features"])
+    pixels = read_images([*map(Path, files)]).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        torch.testing.assert_close(features, cli.model.encoder.embed(pixels), rtol=1e-5, atol=1e-5)
+    run("fit", "softmax_regression")
+    with pytest.raises(InputError, match="has no encoder"):
+        predict("softmax_regression")

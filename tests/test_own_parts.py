@@ -1,0 +1,42 @@
+"""A loss, an encoder and a data set from outside the tree, as CONTRIBUTING.md shows them."""
+
+import re
+import sys
+
+import pytest
+
+from conftest import CONFIGS
+from main import main
+
+PAGE = (CONFIGS.parent / "CONTRIBUTING.md").read_text()
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """The page's commands, its code being in a module `mine` on the path."""
+    (tmp_path / "mine.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)))
+    monkeypatch.syspath_prepend(tmp_path)
+    yield re.findall(r"^    python main\.py (.*)$", PAGE, re.MULTILINE)
+    sys.modules.pop("mine", None)
+
+
+def test_the_pages_commands_work(commands, tmp_path, tiny):
+    names = []
+    for line in commands:
+        command, option, config, *more = line.split()
+        if "--data" not in more:
+            more += [f"--data.root={tiny}", "--data.val_size=50", "--data.batch_size=60"]
+        more += ["--trainer.max_epochs=1", f"--trainer.logger.save_dir={tmp_path / 'runs'}"]
+        cli = main([command, option, str(CONFIGS.parent / config), *more])
+        names.append({type(part).__name__ for part in (cli.model, cli.datamodule, *cli.model.children())})
+    loss, encoder, probe, data = names
+    assert "CentroidLoss" in loss and "Mine" in encoder and {"LinearProbe", "Mine"} <= probe and "Noise" in data
+
+
+def test_a_probe_of_an_own_encoder_is_tested_and_wants_its_module(commands, run, refused):
+    run("fit", "triplet_encoder", "--model.encoder=mine.Mine")
+    named = "--frozen_encoder.encoder_module=mine"
+    run("fit", "linear_probe", named)
+    cli = run("test", "linear_probe", "--ckpt_path=best", named)
+    assert type(cli.model.encoder).__name__ == "Mine"
+    refused("fit", "linear_probe", "--frozen_encoder.encoder_module=nowhere", words=["frozen_encoder.encoder_module nowhere", "cannot be imported"])
