@@ -78,7 +78,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def fit(options: argparse.Namespace, name: str, out: str, seed: int, *more: str) -> "Clock":
+def fit(options: argparse.Namespace, name: str, out: str, seed: int, *more: str) -> Clock:
     """`main.py fit` of a recipe; returns its Clock."""
     widths, residual, epochs, batch, data = RECIPES[name]
     given = [

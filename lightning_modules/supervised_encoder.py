@@ -1,6 +1,5 @@
 """The reference from above: the same network trained under cross-entropy."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

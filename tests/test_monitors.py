@@ -10,7 +10,6 @@ from conftest import CONFIGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.mining_monitor import diagnose, effective_rank, measure
-from errors import InputError
 from lightning_modules import losses
 from main import main
 
