@@ -1,6 +1,6 @@
 """The encoder on one CUDA GPU: seconds to an accuracy, images/s beside a bare loop, and what each choice is worth.
 
-    python -m benchmarks.gpu --data-dir data --json runs/gpu.json            # within ten minutes on an H200
+    python -m benchmarks.gpu --data-dir data --json runs/gpu.json            # not timed on a GPU so far
     python -m benchmarks.gpu --airbench ../cifar10-airbench                  # its times on the same GPU, in the same run
     python -m benchmarks.gpu --dry-run                                       # every part, tiny, also without a GPU
 

@@ -118,13 +118,13 @@ class TripletEncoder(Stage):
 
     def on_predict_start(self) -> None:
         with torch.inference_mode(), self.trainer.precision_plugin.forward_context():
-            self._bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"))
+            bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"))
+        self._bank = bank, self.trainer.datamodule.split("train").labels.to(self.device)
 
     def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """The classes' shares (B, num_classes) of the votes of the nearest training images."""
-        labels = self.trainer.datamodule.split("train").labels.to(self.device)
         options = self.num_classes, self.knn_k, self.knn_temperature
-        return knn_probabilities(self.encoder.embed(batch[0]), self._bank, labels, *options)
+        return knn_probabilities(self.encoder.embed(batch[0]), *self._bank, *options)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
