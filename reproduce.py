@@ -1,4 +1,4 @@
-"""The whole ladder on one data set, from pixels to the contrastive encoder, and one table of what each step buys.
+"""The whole ladder on one data set, from pixels to the contrastive encoder: one table and one page of what each step buys.
 
     python reproduce.py --data digits                      # offline, about a minute
     python reproduce.py --data-dir data                    # CIFAR-10: .npz files there, or a download
@@ -9,13 +9,18 @@ within a fit from its last checkpoint, and ends with the same accuracies.
 """
 
 import argparse
+import html
 import json
+import shlex
 import statistics
 import sys
 import time
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from callbacks.checkpoints import FINISHED, newest_finished
+from callbacks.report import document, figure, table
 from errors import InputError
 from main import main, one_line
 
@@ -31,6 +36,7 @@ REPORT = {
     "fine_tuned_encoder": None,
     "supervised_encoder": None,
 }
+ON_THE_ENCODER = ("triplet_encoder_linear_probe", "triplet_encoder_mlp_probe", "fine_tuned_encoder")
 # 1,077 digits are two batches of 512, so that batches shrink and epochs grow in number.
 DIGITS = {
     "logistic_regression": ["--data.batch_size=128"],
@@ -66,9 +72,10 @@ class Ladder:
                 print(f"[seed {self.seed}] {stage}: finished before", flush=True)
                 continue
             print(f"[seed {self.seed}] {stage} …", flush=True)
-            self.fit_seconds, start = 0.0, time.monotonic()
+            self.finished_before, start = 0.0, time.monotonic()
             val, test = function()
-            rows[stage] = {"val": val, "test": test, "seconds": self.fit_seconds + time.monotonic() - start}
+            seconds = self.finished_before + time.monotonic() - start
+            rows[stage] = {"val": val, "test": test, "seconds": seconds, "fit_seconds": self.fit_seconds}
             print(f"[seed {self.seed}] {stage}: val {val:.4f}, test {test:.4f}, {rows[stage]['seconds']:.0f} s", flush=True)
             _write(self.rows_file, json.dumps(rows, indent=1))
         return rows
@@ -81,12 +88,13 @@ class Ladder:
         return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
 
     def _fit(self, config: str, name: str, *more: str) -> None:
-        finished = list((self.out / name).glob(f"version_*/{FINISHED}"))
-        if finished:
-            self.fit_seconds = json.loads(finished[0].read_text())["seconds"]
-            return
-        interrupted = any((self.out / name).glob("version_*/checkpoints/*.ckpt"))
-        self._main("fit", config, name, *more, *(["--ckpt_path=last"] if interrupted else []))
+        finished = any((self.out / name).glob(f"version_*/{FINISHED}"))
+        if not finished:
+            interrupted = any((self.out / name).glob("version_*/checkpoints/*.ckpt"))
+            self._main("fit", config, name, *more, *(["--ckpt_path=last"] if interrupted else []))
+        note = newest_finished(self.out / name) / FINISHED
+        self.fit_seconds = json.loads(note.read_text())["seconds"]
+        self.finished_before = self.fit_seconds if finished else 0.0
 
     def _evaluate(self, config: str, name: str, metric: str) -> tuple[float, float]:
         validated = self._main("validate", config, name, "--ckpt_path=best")
@@ -117,29 +125,46 @@ def summarise(ladders: list[dict[str, dict]], report: bool) -> list[dict]:
             values = [ladder[stage][key] for ladder in ladders]
             row[f"{key}_accuracy"] = statistics.fmean(values)
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        row["seconds"] = statistics.fmean(ladder[stage]["seconds"] for ladder in ladders)
+        for key in ("seconds", "fit_seconds"):
+            row[key] = statistics.fmean(ladder[stage][key] for ladder in ladders)
         row["report"] = REPORT[stage] if report else None
         rows.append(row)
     return rows
 
 
-def write_results(rows: list[dict], out: Path, title: str) -> None:
-    """Writes `results.json`, `results.md` and `results.png` into `out`."""
-    from matplotlib.figure import Figure
-
+def write_results(rows: list[dict], out: Path, title: str, command: str) -> None:
+    """Writes `results.json`, `results.md`, `results.png`, `cost.png` and `report.html` into `out`."""
     _write(out / "results.json", json.dumps(rows, indent=1))
 
     def cell(value: float | None, std: float | None = None) -> str:
         return "–" if value is None else f"{value:.4f}" + (f" ± {std:.4f}" if std is not None else "")
 
-    lines = [f"# {title}", "", "| stage | validation | test | seconds | report (validation) |", "|---|---|---|---|---|"]
+    head = ["stage", "validation", "test", "seconds", "of which fit", "report (validation)"]
+    cells = []
     for r in rows:
-        accuracies = f"{cell(r['val_accuracy'], r['val_std'])} | {cell(r['test_accuracy'], r['test_std'])}"
-        lines.append(f"| {r['stage']} | {accuracies} | {r['seconds']:.0f} | {cell(r['report'])} |")
-    _write(out / "results.md", "\n".join(lines))
+        accuracies = cell(r["val_accuracy"], r["val_std"]), cell(r["test_accuracy"], r["test_std"])
+        cells.append([r["stage"], *accuracies, f"{r['seconds']:.0f}", f"{r['fit_seconds']:.0f}", cell(r["report"])])
+    lines = [f"| {' | '.join(row)} |" for row in (head, *cells)]
+    _write(out / "results.md", "\n".join([f"# {title}", "", lines[0], "|---" * len(head) + "|", *lines[1:]]))
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
+    draw_accuracies(rows, title).savefig(out / "results.png", dpi=120)
+    draw_costs(rows, title).savefig(out / "cost.png", dpi=120)
+    encoder = newest_finished(out / "seed_0" / "triplet_encoder")
+    parts = [
+        table(head, cells),
+        figure(out / "results.png", "Test accuracy of every stage, a bar each; diamonds: what the report states"),
+        figure(out / "cost.png", "Test accuracy over the seconds it took, a point for each stage, the encoder's fit included"),
+        figure(encoder / "tsne.png", "t-SNE of training images' features before and after the encoder's training, a colour for each class"),
+        "<h2>Stages</h2>",
+        *(f"<h3>{config}</h3><pre>{html.escape((CONFIGS / f'{config}.yaml').read_text())}</pre>" for config in DIGITS),
+        f"<h2>Made by</h2><pre>{html.escape(command)}</pre>",
+    ]
+    _write(out / "report.html", document(f"What a contrastive encoder buys: {title}", parts))
+
+
+def draw_accuracies(rows: list[dict], title: str) -> Figure:
+    drawn = Figure(figsize=(9, 4), layout="constrained")
+    axes = drawn.subplots()
     names = [r["stage"].replace("_", " ") for r in rows]
     bars = axes.barh(names, [r["test_accuracy"] for r in rows], xerr=[r["test_std"] or 0 for r in rows], color="C0")
     axes.bar_label(bars, fmt="%.3f", padding=3)
@@ -149,7 +174,21 @@ def write_results(rows: list[dict], out: Path, title: str) -> None:
         axes.legend(loc="lower right")
     axes.set(xlabel="test accuracy", xlim=(0, 1.08), title=title)
     axes.invert_yaxis()
-    figure.savefig(out / "results.png", dpi=120)
+    return drawn
+
+
+def draw_costs(rows: list[dict], title: str) -> Figure:
+    encoder = next(r["fit_seconds"] for r in rows if r["stage"] == "triplet_encoder_knn")
+    drawn = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = drawn.subplots()
+    for k, r in enumerate(rows):
+        seconds = r["fit_seconds"] + (encoder if r["stage"] in ON_THE_ENCODER else 0)
+        style = {"color": f"C{k}", "marker": "osD^vP*X"[k % 8], "linestyle": "none", "markersize": 8}
+        axes.errorbar(seconds, r["test_accuracy"], yerr=r["test_std"] or 0, label=r["stage"].replace("_", " "), **style)
+    axes.set(xscale="log", xlabel="seconds of training, the encoder's included", ylabel="test accuracy", ylim=(0, 1), title=title)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.grid(alpha=0.3)
+    return drawn
 
 
 def _write(path: Path, text: str) -> None:
@@ -181,9 +220,10 @@ def reproduce(args: list[str] | None = None) -> None:
     ladders = [Ladder(options.out, seed, data, DIGITS if digits else {}).run() for seed in range(options.seeds)]
     rows = summarise(ladders, report=not digits)
     title = ("scikit-learn's digits" if digits else "CIFAR-10") + f", {options.seeds} seed{'s' * (options.seeds > 1)}"
-    write_results(rows, options.out, title)
+    command = shlex.join(["python", "reproduce.py", *(sys.argv[1:] if args is None else args)])
+    write_results(rows, options.out, title, command)
     print((options.out / "results.md").read_text())
-    print(f"{options.out}: results.json, results.md, results.png. Look: tensorboard --logdir {options.out}")
+    print(f"{options.out}: report.html, results.json, results.md. Look: tensorboard --logdir {options.out}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -14,7 +15,7 @@ from callbacks.checkpoints import FINISHED
 SHARES = ("accuracy", "knn_accuracy", "precision_at_1")
 FIGURES = {
     "curves.png": "Loss and accuracy over the steps of the fit, training and validation",
-    "tsne.png": "t-SNE of training images' features after the fit, a colour for each class",
+    "tsne.png": "t-SNE of training images' features before and after training, a colour for each class",
     "confusion_matrix.png": "Confusion matrix: a row for each true class, a column for each predicted one; accuracy of each class",
     "reliability.png": "Reliability diagram: accuracy over confidence, and how many images have which confidence",
     "errors.png": "The errors made with the highest confidence, each beside the nearest training images",
@@ -62,15 +63,28 @@ def page(title: str, metrics: dict, images: int, facts: dict, figures: dict[str,
         interval = "–"
         if name.split("/")[-1] in SHARES:
             interval = "{:.4f} … {:.4f}".format(*wilson_interval(value, images))
-        rows.append(f"<tr><td>{html.escape(name)}</td><td>{value:.4f}</td><td>{interval}</td></tr>")
-    parts = [f"<h1>{html.escape(title)}</h1>", "<table><tr><th>metric</th><th>value</th><th>95 % interval</th></tr>", *rows, "</table>"]
-    parts += ["<h2>Data and run</h2><table>"]
-    parts += [f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts.items()]
-    parts += ["</table>"]
-    for name, path in figures.items():
-        data = base64.b64encode(path.read_bytes()).decode()
-        text = html.escape(FIGURES[name])
-        parts.append(f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>')
+        rows.append((name, f"{value:.4f}", interval))
+    parts = [table(["metric", "value", "95 % interval"], rows), "<h2>Data and run</h2>", table([], facts.items())]
+    parts += [figure(path, FIGURES[name]) for name, path in figures.items()]
     parts += [f"<h2>Made by</h2><pre>{html.escape(command)}</pre>", f"<h2>Config</h2><pre>{html.escape(config)}</pre>"]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return document(title, parts)
+
+
+def table(head: list[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of plain texts."""
+    lines = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)] if head else []
+    lines += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def figure(path: Path, text: str) -> str:
+    """A PNG inside the page, `text` its caption and alternative text."""
+    data, text = base64.b64encode(path.read_bytes()).decode(), html.escape(text)
+    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+
+
+def document(title: str, parts: list[str]) -> str:
+    """A page of parts made by `table`, `figure` or by hand, which needs no other file."""
+    title = html.escape(title)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n<h1>{title}</h1>\n' + "\n".join(parts) + "\n</body></html>\n"

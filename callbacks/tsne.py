@@ -1,5 +1,6 @@
-"""The training features in two dimensions, coloured by class: `tsne.png`, and TensorBoard's projector."""
+"""Training images' features in two dimensions, before and after the fit: `tsne.png`, and TensorBoard's projector."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -9,13 +10,16 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from sklearn.manifold import TSNE as SklearnTSNE
 
+from callbacks.checkpoints import STEP0, load_checkpoint
 from errors import InputError
+from lightning_modules.encoders import Encoder
 
 
 class TSNE(Callback):
-    """Draws a t-SNE (L. van der Maaten & G. Hinton, 2008; scikit-learn's) of `pl_module.encoder`'s features after fit.
+    """Draws a t-SNE (L. van der Maaten & G. Hinton, 2008; scikit-learn's) of `pl_module.encoder`'s features after fit,
+    beside one of the features before it (of the run's untrained checkpoint).
 
-    The same features go to TensorBoard's projector, each with its image, its class and that of its nearest neighbour.
+    The features after it go to TensorBoard's projector, each with its image, its class and that of its nearest neighbour.
 
     Args:
         samples: training images to draw, equally many of each class where there are enough.
@@ -36,26 +40,40 @@ class TSNE(Callback):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         share = -(-self.samples // pl_module.num_classes)
         index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[: self.samples]
-        was_training = pl_module.encoder.training
-        pl_module.encoder.eval()
-        with trainer.precision_plugin.forward_context():
-            features = pl_module.encoder.embed_all(trainer.datamodule.evaluation_loader("train", index)).cpu().numpy()
-        pl_module.encoder.train(was_training)
-        if not features.std(0).max() > 0:  # NaN too; scikit-learn's tree does not survive either
+        labels, folder = labels[index], Path(trainer.logger.log_dir)
+
+        found = {}
+        untrained = folder / "checkpoints" / STEP0
+        if untrained.is_file():
+            encoder = copy.deepcopy(pl_module.encoder)
+            weights = load_checkpoint(untrained)["state_dict"].items()
+            encoder.load_state_dict({name[8:]: value for name, value in weights if name.startswith("encoder.")})
+            found["before training"] = self._features(trainer, encoder, index)
+        found["after training"] = self._features(trainer, pl_module.encoder, index)
+        if not all(features.std(0).max() > 0 for features in found.values()):  # NaN too; scikit-learn does not survive either
             rank_zero_warn("tsne.png is not drawn: the encoder gives every image the same features, or none that are finite")
             return
-        perplexity = min(self.perplexity, (len(index) - 1) / 3)
-        points = SklearnTSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
 
-        figure = Figure(figsize=(7.5, 6), layout="constrained")
-        axes = figure.subplots()
-        for c, name in enumerate(pl_module.class_names):
-            axes.scatter(*points[(labels[index] == c).numpy()].T, s=5, color=f"C{c}", label=name)
-        axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(index)} training images' features")
+        figure = Figure(figsize=(1.5 + 5.5 * len(found), 5.5), layout="constrained")
+        for axes, (when, features) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+            tsne = SklearnTSNE(perplexity=min(self.perplexity, (len(index) - 1) / 3), init="pca", random_state=0)
+            points = tsne.fit_transform(features.numpy())
+            for c, name in enumerate(pl_module.class_names):
+                axes.scatter(*points[(labels == c).numpy()].T, s=5, color=f"C{c}", label=name)
+            axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(index)} training images' features {when}")
         axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.savefig(Path(trainer.logger.log_dir) / "tsne.png", dpi=120)
+        figure.savefig(folder / "tsne.png", dpi=120)
         trainer.logger.experiment.add_figure("tsne", figure, trainer.global_step)
-        self._project(trainer, pl_module, torch.from_numpy(features), index)
+        self._project(trainer, pl_module, found["after training"], index)
+
+    @staticmethod
+    def _features(trainer: Trainer, encoder: Encoder, index: torch.Tensor) -> torch.Tensor:
+        was_training = encoder.training
+        encoder.eval()
+        with trainer.precision_plugin.forward_context():
+            features = encoder.embed_all(trainer.datamodule.evaluation_loader("train", index)).cpu()
+        encoder.train(was_training)
+        return features
 
     def _project(self, trainer: Trainer, pl_module: LightningModule, features: torch.Tensor, index: torch.Tensor) -> None:
         images, labels = (x[index].cpu() for x in trainer.datamodule.split("train"))
