@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import datamodules  # noqa: F401  (a config may name its classes without their package)
 from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder, write_atomically
-from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256
+from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256, import_encoder_module
 from errors import InputError, first_line
 from lightning_modules.encoders import Encoder
 
@@ -79,8 +79,10 @@ def export(args: list[str] | None = None) -> Path:
     parser.add_argument("--features", action="store_true", help="of a run with a classifier, export the encoder alone")
     parser.add_argument("--output", type=Path, help="file to write (default: export/ in the run's folder)")
     parser.add_argument("--data_root", help="folder of the run's data, where it is not where the run found it")
+    parser.add_argument("--encoder_module", help="Python module of an encoder class of your own")
     options = parser.parse_args(args)
 
+    import_encoder_module("--encoder_module", options.encoder_module)
     path = resolve_checkpoint(options.ckpt_path, Path("runs"))
     checkpoint = load_checkpoint(path)
     encoder = encoder_from_checkpoint(path).eval()

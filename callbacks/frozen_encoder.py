@@ -40,12 +40,7 @@ class FrozenEncoder(Callback):
         encoder_lr: float | None = None,
         encoder_module: str | None = None,
     ) -> None:
-        if encoder_module is not None:
-            try:
-                importlib.import_module(encoder_module)
-            except Exception as error:  # whatever that module does
-                why = f"{type(error).__name__}: {first_line(error)}"
-                raise InputError(f"frozen_encoder.encoder_module {encoder_module}: cannot be imported ({why})") from error
+        import_encoder_module("frozen_encoder.encoder_module", encoder_module)
         if unfreeze_at_epoch is not None and unfreeze_at_epoch < 0:
             raise InputError(f"frozen_encoder.unfreeze_at_epoch {unfreeze_at_epoch}: must be 0 or more, or null for never")
         if encoder_lr is not None and (unfreeze_at_epoch is None or not encoder_lr > 0):
@@ -148,6 +143,16 @@ def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -
             f"{path}: the encoder was trained with {split} and has seen {seen} of this command's validation images; give"
             " the same split, or fit the encoder again"
         )
+
+
+def import_encoder_module(option: str, module: str | None) -> None:
+    """Makes the encoder classes of a Python module known, which a checkpoint only names. Raises InputError where it fails."""
+    if module is None:
+        return
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever that module does
+        raise InputError(f"{option} {module}: cannot be imported ({type(error).__name__}: {first_line(error)})") from error
 
 
 def encoder_from_checkpoint(path: Path) -> Encoder:

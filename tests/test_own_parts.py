@@ -39,4 +39,6 @@ def test_a_probe_of_an_own_encoder_is_tested_and_wants_its_module(commands, run,
     run("fit", "linear_probe", named)
     cli = run("test", "linear_probe", "--ckpt_path=best", named)
     assert type(cli.model.encoder).__name__ == "Mine"
+    exported = main(["export", f"--ckpt_path={cli.checkpoint}", "--format=safetensors", "--encoder_module=mine"])
+    assert exported.name == "classifier.safetensors" and exported.is_file()
     refused("fit", "linear_probe", "--frozen_encoder.encoder_module=nowhere", words=["frozen_encoder.encoder_module nowhere", "cannot be imported"])
