@@ -10,7 +10,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from datamodules.arrays import ImageSet, read_npz
-from datamodules.image_folder import image_files, read_images
+from datamodules.image_folder import image_files, read_images, say_counts
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError
 
@@ -32,11 +32,11 @@ class CIFAR10DataModule(InMemoryDataModule):
     Args:
         root: folder where `cifar10_train.npz` and `cifar10_test.npz` are looked for first, then torchvision's copy.
         dataset: cifar100: a hundred classes, from `cifar100_*.npz` or torchvision.
-        train_npz: training file (`images` (N, 32, 32, 3) uint8, `labels` (N,) integers in 0..9, cifar100: 0..99) to use
-            instead.
+        train_npz: training file (`images` (N, 32, 32, 3) uint8, `labels` (N,) integers from 0 on) to use instead.
         test_npz: test file to use instead; without labels it serves `predict` only, and so does a folder of images of
             any size (`image_folder.read_images`).
         download: let torchvision download CIFAR-10 (170 MB, checksum verified) into `root` when nothing is there.
+        class_names: those of your own files' classes, as many as there are; null: the data set's.
         classes: keep these classes only, relabelled 0, 1, … in this order: [0, 1] is airplane against automobile.
         val_size: training images held out for validation, counted before `classes` is applied.
         split_seed: fixes which images those are, apart from `seed_everything`.
@@ -55,6 +55,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         train_npz: str | None = None,
         test_npz: str | None = None,
         download: bool = True,
+        class_names: list[str] | None = None,
         classes: list[int] | None = None,
         val_size: int = 5000,
         split_seed: int = 0,
@@ -65,6 +66,12 @@ class CIFAR10DataModule(InMemoryDataModule):
     ) -> None:
         if dataset == "cifar100":
             self.CLASSES = CIFAR100_CLASSES
+        if class_names is not None:
+            if len(set(class_names)) != len(class_names) or len(class_names) < 2:
+                raise InputError(f"data.class_names {class_names}: give at least two different names")
+            if train_npz is None:
+                raise InputError("data.class_names are those of your own files: give --data.train_npz too")
+            self.CLASSES = tuple(class_names)
         super().__init__(classes, val_size, split_seed, batch_size, flip, translate, cutout)
         self.save_hyperparameters()
         self.root, self.dataset, self.download = Path(root), dataset, download
@@ -86,7 +93,10 @@ class CIFAR10DataModule(InMemoryDataModule):
             self.test_files = list(map(str, files))
             return ImageSet(read_images(files), None)
         if path is not None:
-            return read_npz(path, len(self.CLASSES), labels_required=split == "train")
+            images = read_npz(path, len(self.CLASSES), labels_required=split == "train")
+            if self.npz[split] is not None and images.labels is not None:
+                say_counts(dict(zip(self.CLASSES, images.labels.bincount(minlength=len(self.CLASSES)).tolist())), path)
+            return images
         dataset = self._torchvision(split, download=False)
         # torchvision's array is a view of channel-first data, whose batches would not be channels last in memory.
         return ImageSet(torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from torchvision.transforms.functional import center_crop, resize
@@ -12,6 +13,8 @@ from torchvision.transforms.functional import center_crop, resize
 from datamodules.arrays import ImageSet
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError, first_line
+
+say = rank_zero_only(print)
 
 
 class ImageFolderDataModule(InMemoryDataModule):
@@ -85,10 +88,15 @@ def labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], 
         raise InputError(f"{folder}: folder {sorted(unknown)[0]} is none of the classes {', '.join(classes[:20])}")
     files = {name: image_files(folder / name) for name in classes if (folder / name).is_dir()}
     counts = {name: len(paths) for name, paths in files.items()}
-    few, many = min(counts, key=counts.get), max(counts, key=counts.get)
-    print(f"data: {sum(counts.values()):,} images of {len(counts)} classes in {folder}; fewest {counts[few]:,} {few}, most {counts[many]:,} {many}")
+    say_counts(counts, folder)
     labels = torch.cat([torch.full((counts[name],), label) for label, name in enumerate(classes) if name in counts])
     return [path for paths in files.values() for path in paths], labels
+
+
+def say_counts(counts: dict[str, int], where: Path) -> None:
+    """Says how many images there are, and how unequal the classes are."""
+    few, many = min(counts, key=counts.get), max(counts, key=counts.get)
+    say(f"data: {sum(counts.values()):,} images of {len(counts)} classes in {where}; fewest {counts[few]:,} {few}, most {counts[many]:,} {many}")
 
 
 def read_images(files: list[Path]) -> Tensor:
@@ -110,5 +118,5 @@ def read_images(files: list[Path]) -> Tensor:
     if others:
         smallest, largest = min(others), max(others)
         spread = f"{smallest[0]}×{smallest[1]}" + (f" … {largest[0]}×{largest[1]}" if smallest != largest else "")
-        print(f"data: {len(others):,} of {len(files):,} images in {files[0].parent} are not 32×32 ({spread}): their middle squares are resized")
+        say(f"data: {len(others):,} of {len(files):,} images in {files[0].parent} are not 32×32 ({spread}): their middle squares are resized")
     return torch.from_numpy(np.stack(pixels))

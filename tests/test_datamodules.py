@@ -203,3 +203,16 @@ def test_images_that_do_not_fit_beside_the_model_travel_in_batches(run, monkeypa
     assert len(said) == 1 and said[0].startswith("data: the train images stay in main memory, and each batch travels (with")
     for ours, theirs in zip(resident.model.parameters(), travelling.model.parameters()):
         assert torch.equal(ours, theirs)
+
+
+def test_own_files_with_classes_of_their_own(tmp_path, run, refused, capsys):
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1, 2], [60, 30, 10])
+    np.savez(tmp_path / "own.npz", images=rng.integers(0, 255, (100, 32, 32, 3)).astype(np.uint8), labels=labels)
+    own = [f"--data.train_npz={tmp_path / 'own.npz'}", "--data.class_names=[cat,dog,owl]", "--data.val_size=20"]
+    cli = run("fit", "softmax_regression", *own)
+    assert cli.model.class_names == ["cat", "dog", "owl"] and cli.model.linear.out_features == 3
+    assert "100 images of 3 classes" in (out := capsys.readouterr().out) and "fewest 10 owl, most 60 cat" in out
+    refused("fit", "softmax_regression", *own[:1], "--data.class_names=[cat,dog]", words=["own.npz", "label 2", "outside 0..1"])
+    refused("fit", "softmax_regression", *own[:1], "--data.class_names=[cat,cat]", words=["class_names", "different"])
+    refused("fit", "softmax_regression", own[1], words=["class_names", "--data.train_npz"])
