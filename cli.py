@@ -1,5 +1,6 @@
 """The command line: LightningCLI with one resolver for checkpoints, one line for an error, one line at the end."""
 
+import argparse
 import logging
 import os
 import warnings
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from jsonargparse import DefaultHelpFormatter
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
@@ -14,7 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import datamodules  # noqa: F401  (`--data DigitsDataModule`: jsonargparse finds a class by its name once it is imported)
 import lightning_modules  # noqa: F401  (so `--model.loss SupConLoss`)
-from callbacks import FrozenEncoder, LastCheckpoint, Report, RunFiles, RunLogger
+from callbacks import FrozenEncoder, LastCheckpoint, Progress, Report, RunFiles, RunLogger
 from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_checkpoint, run_folder
 from callbacks.run_files import peak_memory
 from errors import InputError, first_line
@@ -52,10 +54,15 @@ class OneLineParser(LightningArgumentParser):
         raise InputError(cause.replace('"<unicode string>"', "a --config file")[:500]) from ex
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the description's lines, which are examples, as they are."""
+
+
 class CLI(LightningCLI):
     """`fit | validate | test | predict`; `--ckpt_path best | last | FILE | RUN_FOLDER`."""
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None, description: str = "") -> None:
+        shown = {"description": description, "formatter_class": HelpFormatter}
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -66,6 +73,7 @@ class CLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=OneLineParser,
+            parser_kwargs={**shown, **dict.fromkeys(self.subcommands(), shown)},
             args=args,
         )
 
@@ -90,6 +98,7 @@ class CLI(LightningCLI):
             raise InputError(f"seed_everything: {first_line(error)}") from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--quiet", action="store_true", help="no progress bar, no tables, no closing lines")
         parser.add_lightning_class_args(FrozenEncoder, "frozen_encoder")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
@@ -116,7 +125,15 @@ class CLI(LightningCLI):
             raise InputError(f"{command} needs trained weights: give --ckpt_path best|last|FILE|RUN_FOLDER")
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        if config.quiet:
+            trainer.enable_progress_bar = trainer.enable_model_summary = False
+            if "verbose" in config:
+                config.verbose = False
+        bars = [c for c in trainer.callbacks or [] if c.class_path.endswith("ProgressBar")]
+        if trainer.enable_progress_bar is not False and not bars:
+            self.trainer_defaults["callbacks"].append(Progress())
         if trainer.precision is None:
             trainer.precision = "bf16-mixed" if bf16_is_native(trainer.accelerator) else "32-true"
 
@@ -171,11 +188,15 @@ class CLI(LightningCLI):
         if run is None:
             written = self.trainer.checkpoint_callback.dirpath
             return self._say(f"fit ended; without a logger only checkpoints are written: {written}")
+        lines = [f"{run}: checkpoints, curves.png, metrics.csv, TensorBoard events"]
+        saved = self.trainer.checkpoint_callback
+        if saved is not None and saved.best_model_score is not None:
+            lines.append(f"Best: {Path(saved.best_model_path).name}, {saved.monitor} {float(saved.best_model_score):.4f}")
         if hasattr(self.model, "triplet_loss"):
             following = f"fit --config configs/linear_probe.yaml{data} --frozen_encoder.run {run}"
         else:
             following = f"test --config {run}/config.yaml --ckpt_path {run}"
-        self._say(f"{run}: checkpoints, curves.png, metrics.csv, TensorBoard events. Next: python main.py {following}")
+        self._say("\n".join([*lines, f"Next: python main.py {following}", f"Look: tensorboard --logdir {self.runs.parent}"]))
 
     def after_validate(self) -> None:
         self._say(f"{self._folder}: config and TensorBoard events of this validation")
@@ -192,7 +213,7 @@ class CLI(LightningCLI):
         return self.trainer.logger.log_dir if self.trainer.logger else None
 
     def _say(self, text: str) -> None:
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and not self.config[self.subcommand].quiet:
             peaks = ", ".join(f"{mib:,.0f} MiB of {name}" for name, mib in peak_memory().items())
             print(f"{text}\nPeak: {peaks}" if peaks else text)
 

@@ -8,6 +8,7 @@
     python main.py fit  --config configs/triplet_encoder.yaml --trainer.devices 2 --model.lr 0.5
     python main.py fit  --config configs/triplet_encoder.yaml --ckpt_path last              # goes on where it stopped
     python main.py export --ckpt_path runs/linear_probe/version_0 --format onnx             # a file that works elsewhere
+    python main.py fit  --config configs/softmax_regression.yaml --quiet
     python main.py fit  --help
 
 DEBUG=1 shows the traceback behind an error's one line.
@@ -34,7 +35,7 @@ def main(args: list[str] | None = None):
 
     keep_freed_memory()
     try:
-        return CLI(args)
+        return CLI(args, __doc__)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
 

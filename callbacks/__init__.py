@@ -4,6 +4,7 @@ from callbacks.inspection import Inspection
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.mining_monitor import MiningMonitor
 from callbacks.predictions import PredictionWriter
+from callbacks.progress import Progress
 from callbacks.report import Report
 from callbacks.retrieval_monitor import RetrievalMonitor
 from callbacks.run_files import RunFiles
@@ -18,6 +19,7 @@ __all__ = [
     "LastCheckpoint",
     "MiningMonitor",
     "PredictionWriter",
+    "Progress",
     "Report",
     "RetrievalMonitor",
     "RunFiles",
