@@ -17,14 +17,15 @@ LARGEST = 8192  # of a larger batch, the first so many embeddings are measured
 class MiningMonitor(Callback):
     """Measures `pl_module.last_embeddings` in every so many steps of a fit, for TensorBoard and the progress bar.
 
-    `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none);
+    `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none); `mining/ignored`: of
+    these, the share that semi-hard mining leaves out, their negative being nearer than the positive;
     `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n) (histograms: `mining/d_ap`, `mining/d_an`);
     `mining/norm`: mean norm of the embeddings; `mining/spread`: mean standard deviation of a dimension (histogram:
     `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong.
 
     Args:
         every_n_steps: steps between two measurements.
-        patience: measurements in a row that must find the same thing wrong.
+        patience: measurements in a row that must find the same thing wrong (four times as many for `ignored`).
         stop: also stop the fit then.
     """
 
@@ -70,7 +71,9 @@ class MiningMonitor(Callback):
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
         self._times = {kind: self._times.get(kind, 0) + 1 for kind in found}
         for kind, what in found.items():
-            if self._times[kind] < self.patience or kind in self._said:
+            # What semi-hard mining leaves out is much at the start of every fit.
+            patience = self.patience * (4 if kind == "ignored" else 1)
+            if self._times[kind] < patience or kind in self._said:
                 continue
             self._said.add(kind)
             sentence = f"step {trainer.global_step}: {what}"
@@ -87,11 +90,11 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
     distances = loss.distance.matrix(z)
     positive, negative = pair_masks(labels)
     triplets = (positive.sum(1) * negative.sum(1)).sum()
-    active = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum()
+    violating = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum()
     histograms = {"d_ap": distances[positive], "d_an": distances[negative], "spread_by_dimension": z.std(0)}
     measured = {
         "triplets": triplets,
-        "active": active / triplets.clamp_min(1),
+        "active": violating / triplets.clamp_min(1),
         "positive": distances[positive].sum() / positive.sum().clamp_min(1),
         "negative": distances[negative].sum() / negative.sum().clamp_min(1),
         "norm": z.norm(dim=1).mean(),
@@ -100,6 +103,8 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
         "relative_spread": z.var(0, correction=0).sum().sqrt() / z.square().sum(1).mean().sqrt().clamp_min(1e-30),
         "effective_rank": effective_rank(z),
     }
+    if getattr(loss, "triplets", None) == "semihard":
+        measured["ignored"] = active_counts(distances, labels, 0.0).clamp_min(0).sum() / violating.clamp_min(1)
     return {name: float(value) for name, value in measured.items()}, histograms
 
 
@@ -130,6 +135,11 @@ def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[
     elif pinned is not None and abs(value - pinned) < 0.02 * pinned and abs(positive - negative) < 0.05 * negative:
         where = "ln 2" if margin is None else f"the margin {margin:g}"
         found["pinned"] = f"the loss is pinned at {where}: positives are as far away as negatives: {easier}"
+    if measured.get("ignored", 0) > 0.4 and measured["active"] > 0.1:
+        found["ignored"] = (
+            f"semi-hard mining leaves out {measured['ignored']:.0%} of the triplets that violate the margin, whose negative is nearer"
+            " than the positive: classes that lie on each other stay so; choose triplets: all, or PrototypicalLoss"
+        )
     if margin is not None and measured["active"] == 0:
         found["inactive"] = (
             f"nothing is active any more: every negative is farther away than every positive by more than {margin:g}; raise"

@@ -93,6 +93,13 @@ def test_nothing_active_any_more(fit):
     assert cli.trainer.current_epoch < 20  # stopped
 
 
+def test_what_semihard_mining_leaves_out_is_said(fit):
+    sphere = ["--model.loss.distance=EuclideanDistance", "--model.loss.distance.normalize=true", "--model.loss.margin=0.5"]
+    # A rate at which the classes stay on each other.
+    _, said = fit("--model.loss=TripletMarginLoss", "--model.loss.triplets=semihard", *sphere, "--model.lr=1e-6", "--trainer.max_epochs=2")
+    assert len(said) == 1 and "semi-hard mining leaves out" in said[0] and "choose triplets: all" in said[0]
+
+
 def test_a_batch_of_one_class_is_said(tmp_path):
     measured, _ = measure(losses.MultiNegativeLoss(), torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
     found = diagnose(losses.MultiNegativeLoss(), measured, 0.0)
