@@ -40,6 +40,7 @@ class TrainingMonitor(Callback):
         measured = {"step/gradient_norm": float(self._norm), "step/lr": self._lr}
         if self._since is not None:
             measured["step/images_per_s"] = self._images / (now - self._since)
+            pl_module.log("images/s", measured["step/images_per_s"], prog_bar=True, logger=False)
         self._since, self._images = now, 0
         if trainer.logger:
             trainer.logger.log_metrics(measured, step)
@@ -52,6 +53,7 @@ class TrainingMonitor(Callback):
             part = getattr(pl_module, name, None)
             if part is not None:
                 options[name] = type(part).__name__
-        options = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items()}
+        # Lightning notes by a leading underscore how it made the objects.
+        options = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items() if k[0] != "_"}
         metrics = {f"last/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         trainer.logger.log_hyperparams(options, metrics, trainer.global_step)
