@@ -4,7 +4,7 @@
     python main.py export --ckpt_path runs/linear_probe/version_0 --format torch_export      # class probabilities
     python main.py export --ckpt_path runs/linear_probe/version_0 --format safetensors --features
 
-The file takes images (B, 3, 32, 32) float32 in [0, 1], any B; normalisation and mirror averaging are inside. What it
+The file takes images (B, 3, 32, 32) float32 in [0, 1], any B; normalisation and the averaging over an image's views are inside. What it
 gives is compared with the run on 1,000 of its validation images, and above a difference of 1e-4 it is removed. Metadata hold
 the class names, the data's fingerprint, and how the encoder is built.
 """
@@ -25,7 +25,7 @@ import datamodules  # noqa: F401  (a config may name its classes without their p
 from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder, write_atomically
 from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256, import_encoder_module
 from errors import InputError, first_line
-from lightning_modules.encoders import Encoder
+from lightning_modules.encoders import Encoder, view, view_list
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 # What a run may hold on top of its encoder, by the names of its weights: linear layers, with ReLU between two.
@@ -38,16 +38,14 @@ class Exported(nn.Module):
 
     def __init__(self, encoder: Encoder, weights: dict[str, Tensor], features: bool) -> None:
         super().__init__()
-        self.encoder, self.mirror = encoder, bool(encoder.mirror)
+        # Taken from the buffers now: a traced graph cannot ask them, as `Encoder.embed` does.
+        self.encoder, self.views = encoder, view_list(bool(encoder.mirror), int(encoder.shift))
         self.head = None if features else _head(weights)
         for name, default in (("feature_mean", torch.zeros), ("feature_std", torch.ones)):
             self.register_buffer(name, weights.get(name, default(encoder.feature_dim)))
 
     def forward(self, images: Tensor) -> Tensor:
-        # `Encoder.embed` asks a buffer whether to average, which a traced graph cannot.
-        features = self.encoder(images)
-        if self.mirror:
-            features = (features + self.encoder(images.flip(-1))) / 2
+        features = sum(self.encoder(view(images, *which)) for which in self.views) / len(self.views)
         if self.head is None:
             return features
         return self.head((features - self.feature_mean) / self.feature_std).softmax(1)

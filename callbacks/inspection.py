@@ -99,7 +99,7 @@ class Inspection(Callback):
 def _features(pl_module: LightningModule, loader) -> Tensor:
     """Unit vectors (N, D): the encoder's features, or pixels around their mean."""
     if hasattr(pl_module, "encoder"):
-        return F.normalize(pl_module.encoder.embed_all(loader).cpu(), dim=1)
+        return F.normalize(pl_module.encoder.embed_all(loader, shifted=False).cpu(), dim=1)
     pixels = torch.cat([images.flatten(1).cpu() for images, *_ in loader])
     return F.normalize(pixels - pixels.mean(1, keepdim=True), dim=1)
 

@@ -71,7 +71,7 @@ class TSNE(Callback):
         was_training = encoder.training
         encoder.eval()
         with trainer.precision_plugin.forward_context():
-            features = encoder.embed_all(trainer.datamodule.evaluation_loader("train", index)).cpu()
+            features = encoder.embed_all(trainer.datamodule.evaluation_loader("train", index), shifted=False).cpu()
         encoder.train(was_training)
         return features
 

@@ -14,7 +14,9 @@ class SupervisedEncoder(Stage):
     Args:
         encoder: the network; probes can be put on it as on a triplet encoder.
         label_smoothing: share of each label spread over all classes in the training loss.
-        mirror: average features over each image and its mirror image; null: where the training data is flipped.
+        mirror: evaluate on features averaged over each image and its mirror image; null: where the training data is flipped.
+        shift: average them also over the image moved by so many pixels along the diagonal, to both sides; null: 1 where the
+            training data is translated, else 0.
         compile_mode: torch.compile's for the encoder's training passes; null: not compiled.
         channels_last: false: images and weights lie in memory channel by channel.
     """
@@ -24,6 +26,7 @@ class SupervisedEncoder(Stage):
         encoder: Encoder,
         label_smoothing: float = 0.0,
         mirror: bool | None = None,
+        shift: int | None = None,
         compile_mode: CompileMode | None = None,
         channels_last: bool = True,
         num_classes: int = 10,
@@ -34,7 +37,7 @@ class SupervisedEncoder(Stage):
             raise InputError(f"model.label_smoothing {label_smoothing}: must be in [0, 1)")
         self.encoder = encoder.run_as(channels_last, compile_mode)
         self.classifier = nn.Linear(encoder.feature_dim, num_classes)
-        self.label_smoothing, self.mirror = label_smoothing, mirror
+        self.label_smoothing, self.mirror, self.shift = label_smoothing, mirror, shift
 
     @property
     def identity(self) -> dict:
@@ -42,10 +45,13 @@ class SupervisedEncoder(Stage):
 
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)
-        self.encoder.mirror.fill_(self.trainer.datamodule.flip if self.mirror is None else self.mirror)
+        self.encoder.set_views(self.trainer.datamodule, self.mirror, self.shift)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.encoder(images) if self.training else self.encoder.embed(images))
+        if self.training:
+            return self.classifier(self.encoder(images))
+        # The validations of a fit do without the shifted views, which take three times as long.
+        return self.classifier(self.encoder.embed(images, shifted=self.trainer.state.fn != "fit"))
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output, labels, label_smoothing=self.label_smoothing if self.training else 0.0)

@@ -30,7 +30,9 @@ class TripletEncoder(Stage):
         global_mining: on several processes, gather the embeddings of the whole global batch, so that the loss is the one
             that a single process would have; false: each process on its own slice alone, with less communication, fewer
             triplets and another loss.
-        mirror: average features over each image and its mirror image; null: where the training data is flipped.
+        mirror: evaluate on features averaged over each image and its mirror image; null: where the training data is flipped.
+        shift: average them also over the image moved by so many pixels along the diagonal, to both sides; null: 1 where the
+            training data is translated, else 0.
         knn_k: neighbours that vote.
         knn_temperature: τ of their weights exp(s / τ).
         compile_mode: torch.compile's for the encoder's training passes; null: not compiled.
@@ -44,6 +46,7 @@ class TripletEncoder(Stage):
         z_dim: int | None = 128,
         global_mining: bool = True,
         mirror: bool | None = None,
+        shift: int | None = None,
         knn_k: int = 20,
         knn_temperature: float = 0.07,
         compile_mode: CompileMode | None = None,
@@ -60,7 +63,7 @@ class TripletEncoder(Stage):
             raise InputError(f"model.knn_temperature {knn_temperature}: must be above 0")
         self.encoder = encoder.run_as(channels_last, compile_mode)
         self.head = nn.Identity() if z_dim is None else nn.Linear(encoder.feature_dim, z_dim, bias=False)
-        self.triplet_loss, self.global_mining, self.mirror = loss, global_mining, mirror
+        self.triplet_loss, self.global_mining, self.mirror, self.shift = loss, global_mining, mirror, shift
         self.knn_k, self.knn_temperature = knn_k, knn_temperature
         self._queries: list[tuple[Tensor, Tensor]] = []
         _try(loss, encoder.feature_dim if z_dim is None else z_dim)
@@ -82,7 +85,7 @@ class TripletEncoder(Stage):
 
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)
-        self.encoder.mirror.fill_(self.trainer.datamodule.flip if self.mirror is None else self.mirror)
+        self.encoder.set_views(self.trainer.datamodule, self.mirror, self.shift)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, z_dim)."""
@@ -118,7 +121,7 @@ class TripletEncoder(Stage):
 
     def on_predict_start(self) -> None:
         with torch.inference_mode(), self.trainer.precision_plugin.forward_context():
-            bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"))
+            bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"), shifted=False)
         self._bank = bank, self.trainer.datamodule.split("train").labels.to(self.device)
 
     def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
@@ -150,7 +153,7 @@ class TripletEncoder(Stage):
         queries, labels = (torch.cat(x) for x in zip(*self._queries))
         self._queries.clear()
         with self.trainer.precision_plugin.forward_context():
-            bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"))
+            bank = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"), shifted=False)
         bank_labels = self.trainer.datamodule.split("train").labels.to(self.device)
         options = self.num_classes, self.knn_k, self.knn_temperature
         found = retrieval_statistics(queries, labels, bank, bank_labels, *options)

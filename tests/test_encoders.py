@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 
-from datamodules import DigitsDataModule
+from datamodules import CIFAR10DataModule, DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
-from lightning_modules.encoders import Encoder, FastEncoder, ReportEncoder, build_encoder, channel_statistics, whitening_filters
+from lightning_modules.encoders import (
+    Encoder, FastEncoder, ReportEncoder, build_encoder, channel_statistics, view, view_list, whitening_filters,
+)  # fmt: skip
 from lightning_modules.functional import multi_negative_loss
 from lightning_modules.torchvision_encoder import TorchvisionEncoder
 
@@ -103,6 +105,33 @@ def test_mirror_averaged_features_do_not_change_under_mirroring():
     assert not torch.allclose(encoder.embed(x), encoder.embed(x.flip(-1)), atol=1e-3)
     encoder.mirror.fill_(True)
     torch.testing.assert_close(encoder.embed(x), encoder.embed(x.flip(-1)))
+
+
+def test_shifted_views_are_those_of_an_image_that_moved():
+    images = torch.rand(2, 3, 32, 32)
+    assert view_list(True, 1) == [(False, 0), (True, 0), (False, 1), (True, 1), (False, -1), (True, -1)]
+    assert view_list(False, 0) == [(False, 0)]
+    right = view(images, False, 2)
+    assert torch.equal(right[..., 2:, 2:], images[..., :-2, :-2]) and torch.equal(right[..., 2:, 0], images[..., :-2, 2])  # reflected
+    left = view(images, True, -1)
+    assert torch.equal(left[..., :-1, :-1], images.flip(-1)[..., 1:, 1:])
+    encoder = FastEncoder([8, 8, 8]).eval()
+    encoder.shift.fill_(2)
+    expected = sum(encoder(view(images, False, moved)) for moved in (0, 2, -2)) / 3
+    torch.testing.assert_close(encoder.embed(images), expected)
+    torch.testing.assert_close(encoder.embed(images, shifted=False), encoder(images))
+
+
+def test_the_views_follow_the_augmentation_unless_told():
+    encoder, data = FastEncoder([8, 8, 8]), CIFAR10DataModule(flip=True, translate=2)
+    encoder.set_views(data, None, None)
+    assert bool(encoder.mirror) and int(encoder.shift) == 1
+    encoder.set_views(data, False, 0)
+    assert not encoder.mirror and int(encoder.shift) == 0
+    encoder.set_views(CIFAR10DataModule(flip=False, translate=0), None, None)
+    assert not encoder.mirror and int(encoder.shift) == 0
+    with pytest.raises(InputError, match="model.shift 32"):
+        encoder.set_views(data, None, 32)
 
 
 def test_embed_all_is_embed_of_every_image_in_order():

@@ -137,7 +137,8 @@ def test_an_encoders_neighbours_vote(tmp_path, run):
     labels, expected = cli.datamodule.split("test").labels.tolist(), []
     with torch.no_grad():
         (train, of), (test, _) = (cli.datamodule.split(name) for name in ("train", "test"))
-        bank, queries = (cli.model.encoder.embed(x.permute(0, 3, 1, 2).float() / 255) for x in (train, test))
+        pixels = [x.permute(0, 3, 1, 2).float() / 255 for x in (train, test)]
+        bank, queries = cli.model.encoder.embed(pixels[0], shifted=False), cli.model.encoder.embed(pixels[1])
     for query in queries:
         similarity = torch.cosine_similarity(query[None], bank)
         nearest = similarity.argsort(descending=True)[:5]
