@@ -50,6 +50,7 @@ STUDIES = {
         "soft margin, random": loss("SoftMarginTripletLoss", triplets="random"),
         "LMNN, 3 target neighbours": loss("LMNNLoss"),
     },
+    "decay": {f"weight decay {d}": [f"--model.weight_decay={d}"] for d in (1e-4, 5e-4, 1.5e-3)},
     "temperature": {f"τ {t}": [f"--model.loss.temperature={t}"] for t in (0.05, 0.1, 0.2, 0.4)},
     "smoothing": {f"label smoothing {s}": [f"--model.loss.label_smoothing={s}"] for s in (0.0, 0.1, 0.2)},
     "augmentation": {
@@ -59,12 +60,19 @@ STUDIES = {
         "translation by 4": ["--data.translate=4"],
         "cutout of 8": ["--data.cutout=8"],
     },
+    "views": {
+        "mirror, shifts by 1 (default)": [],
+        "mirror": ["--model.shift=0"],
+        "the image alone": ["--model.mirror=false", "--model.shift=0"],
+    },
     "batch": {f"batch {size}": batch(size) for size in (128, 256, 512, 1024)},
     "width": {
-        "32/128/128 (default)": [],
-        "64/128/128": ["--model.encoder.widths=[64,128,128]"],
+        "32/64/256 (default)": [],
+        "24/64/256": ["--model.encoder.widths=[24,64,256]"],
+        "32/96/256": ["--model.encoder.widths=[32,96,256]"],
+        "32/128/128": ["--model.encoder.widths=[32,128,128]"],
         "64/256/256": ["--model.encoder.widths=[64,256,256]"],
-        "32/128/128, residual": ["--model.encoder.residual=true"],
+        "32/64/256, residual": ["--model.encoder.residual=true"],
     },
 }
 

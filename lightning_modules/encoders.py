@@ -154,11 +154,11 @@ class FastEncoder(Encoder):
     """
 
     def __init__(
-        self, widths: list[int] = [32, 128, 128], whitening_eps: float = 1e-2, residual: bool = False
+        self, widths: list[int] = [32, 64, 256], whitening_eps: float = 1e-2, residual: bool = False
     ) -> None:
         super().__init__(widths=list(widths), whitening_eps=whitening_eps, **({"residual": True} if residual else {}))
         if len(widths) != 3:
-            raise InputError(f"FastEncoder widths {widths}: give the widths of three blocks, e.g. [32, 128, 128]")
+            raise InputError(f"FastEncoder widths {widths}: give the widths of three blocks, e.g. [32, 64, 256]")
         for width in widths:
             _positive("widths", width)
         if not whitening_eps > 0:

@@ -28,8 +28,6 @@ class Stage(LightningModule):
         optimizer: SGD (with Nesterov momentum where `momentum` > 0), Adam or AdamW.
         momentum: SGD's momentum.
         weight_decay: the optimiser's, on weights of two or more dimensions.
-        norm_bias_lr_factor: the learning rate of BatchNorm's biases, as a multiple of `lr` (K. Jordan, "94% on CIFAR-10 in
-            3.29 Seconds on a Single GPU", 2024, section 3.4).
         l2_lambda: λ of ½λ‖W‖² added to the training loss over the same weights (logged losses are without it).
         schedule: `constant`; `triangular`: linearly up over the share `warmup` of all steps, then down to zero;
             `plateau`: × `plateau_factor` after `plateau_patience` validations without a lower loss.
@@ -42,7 +40,6 @@ class Stage(LightningModule):
         optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
-        norm_bias_lr_factor: float = 1.0,
         l2_lambda: float = 0.0,
         schedule: Literal["constant", "triangular", "plateau"] = "constant",
         warmup: float = 0.2,
@@ -56,7 +53,6 @@ class Stage(LightningModule):
             ("lr", lr, lr > 0, "above 0"),
             ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
             ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
-            ("norm_bias_lr_factor", norm_bias_lr_factor, norm_bias_lr_factor > 0, "above 0"),
             ("l2_lambda", l2_lambda, l2_lambda >= 0, "0 or more"),
             ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
             ("plateau_factor", plateau_factor, 0 < plateau_factor < 1, "in (0, 1)"),
@@ -66,7 +62,7 @@ class Stage(LightningModule):
                 raise InputError(f"model.{name} {value}: must be {expected}")
         self.num_classes, self.lr, self.l2_lambda = num_classes, lr, l2_lambda
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
-        self.schedule, self.warmup, self.norm_bias_lr_factor = schedule, warmup, norm_bias_lr_factor
+        self.schedule, self.warmup = schedule, warmup
         self.plateau = {"factor": plateau_factor, "patience": plateau_patience}
         self.class_names: list[str] | None = None
         self._resumed: dict[str, Any] | None = None  # the checkpoint that a fit goes on from
@@ -169,16 +165,10 @@ class Stage(LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's: weights of two or more dimensions decay, biases and scales do not."""
-        flat, own = [p for p in self._trained() if p.ndim <= 1], set()
-        if self.norm_bias_lr_factor != 1:
-            own = {id(m.bias) for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        groups = [
+        return [
             {"params": [p for p in self._trained() if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in flat if id(p) not in own], "weight_decay": 0.0},
+            {"params": [p for p in self._trained() if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        if biases := [p for p in flat if id(p) in own]:
-            groups.append({"params": biases, "weight_decay": 0.0, "lr": self.lr * self.norm_bias_lr_factor})
-        return groups
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = self.parameter_groups()

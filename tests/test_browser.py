@@ -139,7 +139,7 @@ def test_images(browser, tensorboard):
 
 def test_projector(browser, tensorboard):
     open_page(browser, f"{tensorboard}/#projector")
-    until(lambda: re.search(r"Points:\s*[12]\d\d\d\s*Dimension:\s*(8|128)\s", browser.execute_script(TEXT)))
+    until(lambda: re.search(r"Points:\s*[12]\d\d\d\s*Dimension:\s*(8|256)\s", browser.execute_script(TEXT)))
 
     def colours():
         place = "return found.filter(e => e.tagName === 'CANVAS' && e.width > 400).map(e => e.getBoundingClientRect())[0]"

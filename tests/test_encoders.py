@@ -65,7 +65,7 @@ def test_grey_images_have_the_same_gradients_in_bfloat16():
 @pytest.mark.parametrize(
     "make, width",
     [
-        (FastEncoder, 128),
+        (FastEncoder, 256),
         (lambda: FastEncoder([8, 16, 24]), 24),
         (lambda: FastEncoder([8, 8, 16], residual=True), 16),
         (ReportEncoder, 32),

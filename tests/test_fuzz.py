@@ -187,7 +187,7 @@ def small(tmp_path, tiny):
 def test_configs(tmp_path, tiny, run, config):
     rng, path, lines = random.Random(config), tmp_path / "x.yaml", []
     run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]", f"--trainer.logger.save_dir={tmp_path / 'encoders'}")
-    text = (ROOT / "configs" / f"{config}.yaml").read_text().replace("[32, 128, 128]", "[8, 8, 8]")
+    text = (ROOT / "configs" / f"{config}.yaml").read_text().replace("[32, 64, 256]", "[8, 8, 8]")
     encoder = [f"--frozen_encoder.run={tmp_path / 'encoders/triplet_encoder/version_0'}"] if "frozen_encoder" in text else []
     encoder += ["--frozen_encoder.unfreeze_at_epoch=0"] if "unfreeze" in text else []
     for _ in range(-(-COUNT // 7)):

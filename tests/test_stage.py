@@ -6,7 +6,7 @@ from pytorch_lightning import Trainer
 
 from datamodules import DigitsDataModule
 from errors import InputError
-from lightning_modules import FastEncoder, LogisticRegression, PrototypicalLoss, SoftmaxRegression, TripletEncoder
+from lightning_modules import LogisticRegression, SoftmaxRegression
 from lightning_modules.regression import PixelLinear
 from lightning_modules.stage import Triangle
 
@@ -107,19 +107,3 @@ def test_impossible_options_are_refused(options):
 def test_logistic_regression_wants_two_classes():
     with pytest.raises(InputError, match=r"--data.classes '\[0,1\]'"):
         LogisticRegression(num_classes=10)
-
-
-def test_biases_of_batch_norm_have_their_own_rate():
-    encoder = FastEncoder([8, 8, 8])
-    model = TripletEncoder(encoder, PrototypicalLoss(), lr=0.01, norm_bias_lr_factor=8.0, weight_decay=0.1, schedule="triangular")
-    trainer = fit(model, max_steps=1)
-    weights, others, biases = trainer.optimizers[0].param_groups
-    assert [g["initial_lr"] for g in (weights, others, biases)] == pytest.approx([0.01, 0.01, 0.08])
-    assert [g["weight_decay"] for g in (weights, others, biases)] == [0.1, 0, 0]
-    norms = [m.bias for m in encoder.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len(norms) == 6 and {id(p) for p in biases["params"]} == {id(b) for b in norms}
-    assert [id(p) for p in others["params"]] == [id(encoder.whiten.bias)]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert sum(len(g["params"]) for g in (weights, others, biases)) == len(trained)
-    with pytest.raises(InputError, match="norm_bias_lr_factor 0"):
-        SoftmaxRegression(norm_bias_lr_factor=0)
