@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
+import matplotlib.style
 import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning_fabric.plugins import TorchCheckpointIO
@@ -25,6 +26,7 @@ if not torch.cuda.is_available():
     # Lightning has CUDA looked for by NVML, for which an optimiser opens its library anew at every step.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
+matplotlib.style.use("petroff10")  # ten colours that colour-blind readers tell apart (M. A. Petroff, 2021)
 # The trainer's lines about TPUs and other products; its warnings stay, but for those that are about our own intent.
 for name in (
     "pytorch_lightning.utilities.rank_zero",
@@ -131,7 +133,8 @@ class CLI(LightningCLI):
             trainer.enable_progress_bar = trainer.enable_model_summary = False
             if "verbose" in config:
                 config.verbose = False
-        bars = [c for c in trainer.callbacks or [] if c.class_path.endswith("ProgressBar")]
+        callbacks = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        bars = [c for c in callbacks if c is not None and c.class_path.endswith("ProgressBar")]
         if trainer.enable_progress_bar is not False and not bars:
             self.trainer_defaults["callbacks"].append(Progress())
         if trainer.precision is None:

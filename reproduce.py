@@ -149,12 +149,13 @@ def write_results(rows: list[dict], out: Path, title: str, command: str) -> None
 
     draw_accuracies(rows, title).savefig(out / "results.png", dpi=120)
     draw_costs(rows, title).savefig(out / "cost.png", dpi=120)
-    encoder = newest_finished(out / "seed_0" / "triplet_encoder")
+    tsne = newest_finished(out / "seed_0" / "triplet_encoder") / "tsne.png"
+    features = "t-SNE of training images' features before and after the encoder's training, a colour for each class"
     parts = [
         table(head, cells),
         figure(out / "results.png", "Test accuracy of every stage, a bar each; diamonds: what the report states"),
         figure(out / "cost.png", "Test accuracy over the seconds it took, a point for each stage, the encoder's fit included"),
-        figure(encoder / "tsne.png", "t-SNE of training images' features before and after the encoder's training, a colour for each class"),
+        *([figure(tsne, features)] if tsne.is_file() else []),
         "<h2>Stages</h2>",
         *(f"<h3>{config}</h3><pre>{html.escape((CONFIGS / f'{config}.yaml').read_text())}</pre>" for config in DIGITS),
         f"<h2>Made by</h2><pre>{html.escape(command)}</pre>",

@@ -26,7 +26,7 @@ class TSNE(Callback):
         perplexity: scikit-learn's; cut to what the sample allows.
     """
 
-    def __init__(self, samples: int = 2000, perplexity: float = 30.0) -> None:
+    def __init__(self, samples: int = 1000, perplexity: float = 30.0) -> None:
         if samples < 10:
             raise InputError(f"TSNE samples {samples}: must be at least 10")
         if not perplexity > 0:
