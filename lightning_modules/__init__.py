@@ -1,5 +1,6 @@
 from lightning_modules.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
-from lightning_modules.encoders import FastEncoder, ReportEncoder
+from lightning_modules.encoders import ReportEncoder
+from lightning_modules.fast_encoder import FastEncoder
 from lightning_modules.losses import (
     BatchLoss,
     LMNNLoss,

@@ -6,9 +6,8 @@ import torch
 from datamodules import CIFAR10DataModule, DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
-from lightning_modules.encoders import (
-    Encoder, FastEncoder, ReportEncoder, build_encoder, channel_statistics, view, view_list, whitening_filters,
-)  # fmt: skip
+from lightning_modules.encoders import Encoder, ReportEncoder, build_encoder, channel_statistics, view, view_list
+from lightning_modules.fast_encoder import FastEncoder, whitening_filters
 from lightning_modules.functional import multi_negative_loss
 from lightning_modules.torchvision_encoder import TorchvisionEncoder
 

@@ -38,11 +38,11 @@ def test_imports_point_one_way(room):
         assert found <= ALLOWED[room], f"{path.name} imports {sorted(found - ALLOWED[room])}"
 
 
-@pytest.mark.parametrize("name", ["encoders", "losses", "functional", "distances", "triplets", "retrieval"])
+@pytest.mark.parametrize("name", ["encoders", "fast_encoder", "losses", "functional", "distances", "triplets", "retrieval"])
 def test_networks_and_losses_need_torch_alone(name):
     names = set(imported(ROOT / "lightning_modules" / f"{name}.py"))
     others = {n for n in names if n.split(".")[0] not in sys.stdlib_module_names and n.split(".")[0] != "torch"}
-    ours = {f"lightning_modules.{part}" for part in ("distances", "functional", "triplets")}
+    ours = {f"lightning_modules.{part}" for part in ("distances", "encoders", "functional", "triplets")}
     assert others <= {"errors", *ours}, others
 
 
