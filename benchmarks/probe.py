@@ -5,7 +5,8 @@
     python -m benchmarks.probe --only optimum                # one of the three questions: cached, optimum, grid
 
 - Features computed once against anew in every epoch (`--frozen_encoder.cache=false`, what solo-learn and SupContrast
-  do): seconds of the whole fit of `main.py fit --config configs/linear_probe.yaml`, 20 epochs, in a running process.
+  do, of each image alone as there): seconds of the whole fit of `main.py fit --config configs/linear_probe.yaml`, 20
+  epochs, in a running process.
 - Our probe as configured against scikit-learn's logistic regression (L-BFGS, its defaults, standardised features) on the
   features of all training images: seconds of the optimisation, ours with validations and checkpoints, and validation
   accuracy.
@@ -52,7 +53,8 @@ def main() -> None:
         def encoder(common: list[str]) -> str:
             if options.encoder:
                 return options.encoder
-            one = ["--config", str(CONFIGS / "triplet_encoder.yaml"), *common, "--trainer.max_epochs=1"]
+            views = [] if common is every else ["--model.mirror=false", "--model.shift=0"]
+            one = ["--config", str(CONFIGS / "triplet_encoder.yaml"), *common, *views, "--trainer.max_epochs=1"]
             return command(["fit", *one]).trainer.logger.log_dir
 
         def fit(*more: str):
