@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -51,8 +52,15 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
-        # jsonargparse nests: what was tried, then why each try failed; the first and the last line hold the cause.
-        cause = lines[0] if len(lines) == 1 or len(lines[0]) > 300 else f"{lines[0]} {lines[-1]}"
+        # jsonargparse nests: the key, then the types that were tried and why each failed, then the value given.
+        cause, given = lines[0], lines[-1]
+        if "Errors:" in lines:
+            cause = f"{cause} {lines[lines.index('Errors:') + 1]}"
+            if len(given) < 100 and "NestedArg" not in given:  # the outer key's, which the inner ones have said
+                cause = f"{cause}. {given}"
+        elif len(lines) > 1 and len(cause) <= 300:
+            cause = f"{cause} {given}"
+        cause = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", cause)
         raise InputError(cause.replace('"<unicode string>"', "a --config file")[:500]) from ex
 
 

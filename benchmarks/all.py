@@ -11,7 +11,7 @@ from datetime import date
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "memory")
+NAMES = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "memory", "inspection")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     sections = dict(part.split("\n", 1) for part in RESULTS.read_text().split("\n## ")[1:]) if RESULTS.is_file() else {}
     for name in options.names or NAMES:
         print(f"{name} …", flush=True)
-        needs_data = ["--data-dir", options.data_dir] if name in ("training", "probe", "regression", "scaling") else []
+        needs_data = ["--data-dir", options.data_dir] if name in ("training", "probe", "regression", "scaling", "inspection") else []
         command = ["-m", f"benchmarks.{name}", *needs_data]
         given = [*command, "--json", str(options.out / f"{name}.json")]
         printed = subprocess.run([sys.executable, *given], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()

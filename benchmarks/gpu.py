@@ -33,10 +33,11 @@ from lightning_modules import FastEncoder, PrototypicalLoss, TripletEncoder
 from main import main as command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = {  # widths, residual, epochs, batch, data options
-    "94": ([64, 256, 256], False, 24, 512, []),
-    "95": ([128, 384, 384], False, 30, 512, []),
-    "96": ([128, 512, 512], True, 50, 512, ["--data.translate=4", "--data.cutout=12"]),
+BATCH, LR = 512, 0.49
+RECIPES = {  # config, widths, epochs
+    "94": ("triplet_encoder", [64, 256, 256], 24),
+    "95": ("triplet_encoder", [128, 384, 384], 30),
+    "96": ("triplet_encoder_gpu", [128, 512, 512], 50),
 }
 COMPILED = ["--model.compile_mode=reduce-overhead"]
 VARIANTS = {  # what differs from the recipe
@@ -80,16 +81,16 @@ def synchronize() -> None:
 
 def fit(options: argparse.Namespace, name: str, out: str, seed: int, *more: str) -> Clock:
     """`main.py fit` of a recipe; returns its Clock."""
-    widths, residual, epochs, batch, data = RECIPES[name]
+    config, widths, epochs = RECIPES[name]
     given = [
-        f"--data.root={options.data_dir}", f"--data.val_size={options.val_size}", f"--seed_everything={seed}", *data,
-        f"--data.batch_size={min(batch, options.largest_batch)}", f"--model.lr={0.35 * (batch / 256) ** 0.5:.2f}",
-        f"--model.encoder.widths={widths if not options.dry_run else [8, 8, 8]}", f"--model.encoder.residual={residual}",
+        f"--data.root={options.data_dir}", f"--data.val_size={options.val_size}", f"--seed_everything={seed}",
+        f"--data.batch_size={min(BATCH, options.largest_batch)}", f"--model.lr={LR}",
+        f"--model.encoder.widths={widths if not options.dry_run else [8, 8, 8]}",
         f"--trainer.max_epochs={epochs}", f"--trainer.check_val_every_n_epoch={epochs}",
         f"--trainer.logger.save_dir={out}", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
         "--trainer.callbacks=benchmarks.gpu.Clock", *COMPILED, *more,
     ]  # fmt: skip
-    cli = command(["fit", "--config", str(CONFIGS / "triplet_encoder.yaml"), *given])
+    cli = command(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *given])
     return next(c for c in cli.trainer.callbacks if type(c).__name__ == "Clock")  # this file is __main__ too
 
 
@@ -137,10 +138,10 @@ def rate(options: argparse.Namespace, variant: str) -> float:
 
 def network(options: argparse.Namespace):
     """The middle recipe's module, a batch and labels, on the device."""
-    widths, residual, _, batch, _ = RECIPES["95"]
-    device, batch = "cuda" if torch.cuda.is_available() else "cpu", min(batch, options.largest_batch)
+    _, widths, _ = RECIPES["95"]
+    device, batch = "cuda" if torch.cuda.is_available() else "cpu", min(BATCH, options.largest_batch)
     torch.manual_seed(0)
-    encoder = FastEncoder([8, 8, 8] if options.dry_run else widths, residual=residual)
+    encoder = FastEncoder([8, 8, 8] if options.dry_run else widths)
     module = TripletEncoder(encoder, PrototypicalLoss(), lr=0.01, compile_mode=COMPILED[0].split("=")[1]).to(device)
     images = torch.rand(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     return module, images, torch.arange(batch, device=device) % 10

@@ -65,6 +65,17 @@ STUDIES = {
         "mirror": ["--model.shift=0"],
         "the image alone": ["--model.mirror=false", "--model.shift=0"],
     },
+    "head": {
+        "loss on a linear head of 128 (default)": [],
+        "of 64": ["--model.z_dim=64"],
+        "of 256": ["--model.z_dim=256"],
+        "loss on the features themselves": ["--model.z_dim=null"],
+    },
+    "averaging": {
+        "the last weights (default)": [],
+        "mean of the weights, decay 0.99": ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.99"],
+        "decay 0.998": ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.998"],
+    },
     "batch": {f"batch {size}": batch(size) for size in (128, 256, 512, 1024)},
     "width": {
         "32/64/256 (default)": [],

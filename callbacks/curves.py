@@ -15,7 +15,7 @@ class Curves(Callback):
     `DRAW_EVERY` seconds ago, and at the end, when it goes to TensorBoard too. A resumed run adds to the rows there are.
     """
 
-    DRAW_EVERY = 20.0
+    DRAW_EVERY = 60.0
 
     def __init__(self) -> None:
         self.rows: dict[int, dict[str, float]] = {}

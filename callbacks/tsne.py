@@ -56,7 +56,8 @@ class TSNE(Callback):
 
         figure = Figure(figsize=(1.5 + 5.5 * len(found), 5.5), layout="constrained")
         for axes, (when, features) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
-            tsne = SklearnTSNE(perplexity=min(self.perplexity, (len(index) - 1) / 3), init="pca", random_state=0)
+            perplexity = min(self.perplexity, (len(index) - 1) / 3)
+            tsne = SklearnTSNE(perplexity=perplexity, init="pca", max_iter=500, random_state=0)
             points = tsne.fit_transform(features.numpy())
             for c, name in enumerate(pl_module.class_names):
                 axes.scatter(*points[(labels == c).numpy()].T, s=5, color=f"C{c}", label=name)

@@ -144,7 +144,7 @@ class InMemoryDataModule(LightningDataModule):
     def _placed(self, name: str, *tensors: Tensor) -> list[Tensor]:
         """The split's tensors on the training device, or where they are, said once, if it cannot hold them twice."""
         device = self.trainer.strategy.root_device
-        wanted, free = 2 * sum(x.nbytes for x in tensors), free_memory(device)
+        wanted, free = 3 * sum(x.nbytes for x in tensors), free_memory(device)
         if wanted > free and name not in self._left:
             self._left.add(name)
             why = f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} MiB free"

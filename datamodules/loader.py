@@ -49,7 +49,7 @@ class BatchLoader:
         self.labels, self.batch_size, self.seed, self.flip, self.translate = labels, batch_size, seed, flip, translate
         self.rank, self.world_size, self.num_samples, self.epoch, self.cutout = rank, world_size, len(inputs), 0, cutout
         self._delivered = self._resumed = (0, 0)  # epoch, batches of it
-        self.inputs = inputs if inputs.ndim == 2 else _pad(inputs, translate)
+        self.inputs = _pad(inputs, translate) if inputs.ndim > 2 and translate else inputs
         if cutout:
             self._fill = torch.stack([inputs[..., c].float().mean() for c in range(3)]).round().to(torch.uint8)
         if seed is not None:
@@ -116,11 +116,11 @@ class BatchLoader:
             offset = torch.arange(32, device=index.device) - centre[..., None] + self.cutout // 2
             x, y = (offset >= 0) & (offset < self.cutout)
             pixels = torch.where((y[:, :, None] & x[:, None])[..., None], self._fill, pixels)
-        return pixels.permute(0, 3, 1, 2).float().div_(255), *labels
+        return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255), *labels
 
     def _crop(self, index: Tensor, mirrored: Tensor | None, shift: Tensor | None) -> Tensor:
         """32×32 pixels of each padded image: the middle ones, or those at `shift`; mirrored where told."""
-        # One gather does index, crop and flip: the flat position of every wanted byte.
+        # One gather does index, crop and flip: the flat position of every wanted pixel.
         size = 32 + 2 * self.translate
         grid = torch.arange(32, device=index.device)
         x, y = grid.expand(len(index), 32), grid.expand(len(index), 32)
@@ -128,13 +128,17 @@ class BatchLoader:
             x = torch.where(mirrored[:, None], 31 - x, x)
         dx, dy = (self.translate, self.translate) if shift is None else (shift[0, :, None], shift[1, :, None])
         rows = (index[:, None] * size + y + dy) * size
-        channel = torch.arange(3, device=index.device)
-        return self.inputs.take((rows[:, :, None, None] + (x + dx)[:, None, :, None]) * 3 + channel)
+        pixels = self.inputs.take(rows[:, :, None] + (x + dx)[:, None, :])
+        return pixels.view(torch.uint8).unflatten(-1, (32, 4))[..., :3]
 
 
 def _pad(images: Tensor, width: int) -> Tensor:
-    """(N, 32, 32, 3) → (N, 32 + 2w, 32 + 2w, 3), reflected at the edges without repeating them."""
-    if not width:
-        return images
+    """(N, 32, 32, 3) → (N, 32 + 2w, 32 + 2w) int32, reflected at the edges without repeating them.
+
+    A pixel's three bytes and an empty one are a single number, so that moving it takes one index instead of three.
+    """
     index = F.pad(torch.arange(32.0)[None], (width, width), mode="reflect")[0].long().to(images.device)
-    return images[:, index][:, :, index]
+    padded = images.new_zeros(len(images), len(index), len(index), 4)
+    for block, part in zip(padded.split(4096), images.split(4096)):  # one by one: all of them may fill half the memory
+        block[..., :3] = part[:, index][:, :, index]
+    return padded.view(torch.int32)[..., 0]

@@ -7,6 +7,8 @@ import pytest
 from main import main, one_line
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+LARGER = ["triplet_encoder_gpu", "triplet_encoder_hour"]  # the default encoder's config with more of everything
+STAGES = sorted({p.stem for p in CONFIGS.glob("*.yaml")} - set(LARGER))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from callbacks.checkpoints import load_checkpoint
+from conftest import STAGES
 from datamodules.arrays import read_npz
 from errors import InputError
 from main import main
@@ -183,7 +184,7 @@ def small(tmp_path, tiny):
     return [*data, *trainer, f"--trainer.logger.save_dir={tmp_path / 'runs'}"]
 
 
-@pytest.mark.parametrize("config", sorted(p.stem for p in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("config", STAGES)
 def test_configs(tmp_path, tiny, run, config):
     rng, path, lines = random.Random(config), tmp_path / "x.yaml", []
     run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]", f"--trainer.logger.save_dir={tmp_path / 'encoders'}")

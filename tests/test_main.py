@@ -11,11 +11,11 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conftest import LARGER, STAGES
 from main import main
 
 ROOT = Path(__file__).parent.parent
 PROBES = ("linear_probe", "mlp_probe", "fine_tune")
-ALL = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 
 
 def shipped(tmp_path, command, config, *more):
@@ -25,7 +25,7 @@ def shipped(tmp_path, command, config, *more):
     return main([command, *fixed, *more])
 
 
-@pytest.mark.parametrize("config", ALL)
+@pytest.mark.parametrize("config", STAGES)
 def test_shipped_config_fits_and_tests(tmp_path, config):
     steps = ["--trainer.max_steps=2"]
     if config in PROBES:
@@ -47,7 +47,26 @@ def test_shipped_config_fits_and_tests(tmp_path, config):
 
 def test_all_stages_have_a_config():
     encoders = {"triplet_encoder", "supervised_encoder"}
-    assert set(ALL) == {"logistic_regression", "softmax_regression", *encoders, *PROBES}
+    assert set(STAGES) == {"logistic_regression", "softmax_regression", *encoders, *PROBES}
+
+
+@pytest.mark.parametrize("config", LARGER)
+def test_larger_encoders_differ_from_the_default_where_they_say(tmp_path, config):
+    small = ["--model.encoder.init_args.widths=[8,8,8]", "--model.compile_mode=null", "--trainer.max_steps=2"]
+    shipped(tmp_path, "fit", config, *small)
+    assert (tmp_path / "runs/triplet_encoder/version_0/finished.json").is_file()  # where the probes look
+
+    def options(name):
+        return dict(flat(yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())))
+
+    def flat(node, path=""):
+        for key, value in node.items():
+            yield from flat(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)]
+
+    default, larger = options("triplet_encoder"), options(config)
+    differing = {key.split(".")[-1] for key in default.keys() | larger.keys() if default.get(key) != larger.get(key)}
+    more = {"residual", "lr", "compile_mode", "batch_size", "cutout"} if config.endswith("_gpu") else set()
+    assert differing == {"widths", "max_epochs", "translate"} | more
 
 
 def test_metrics_curves_and_events(tmp_path, run):
