@@ -142,7 +142,7 @@ class InMemoryDataModule(LightningDataModule):
         return BatchLoader(inputs, None, self.batch_size, **self._share)
 
     def _placed(self, name: str, *tensors: Tensor) -> list[Tensor]:
-        """The split's tensors on the training device, or where they are, said once, if it cannot hold them twice."""
+        """The split's tensors on the training device, or where they are, said once, if it cannot hold them three times over."""
         device = self.trainer.strategy.root_device
         wanted, free = 3 * sum(x.nbytes for x in tensors), free_memory(device)
         if wanted > free and name not in self._left:
