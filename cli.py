@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,12 +17,13 @@ from pytorch_lightning import LightningDataModule, LightningModule
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-import datamodules  # noqa: F401  (`--data DigitsDataModule`: jsonargparse finds a class by its name once it is imported)
-import lightning_modules  # noqa: F401  (so `--model.loss SupConLoss`)
 from callbacks import FrozenEncoder, LastCheckpoint, Progress, Report, RunFiles, RunLogger
 from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint, resolve_checkpoint, run_folder
 from callbacks.run_files import peak_memory
 from errors import InputError, first_line
+
+for package in ("datamodules", "lightning_modules"):
+    import_module(package)  # jsonargparse finds `DigitsDataModule` or `SupConLoss` by the bare name once it is imported
 
 if not torch.cuda.is_available():
     # Lightning has CUDA looked for by NVML, for which an optimiser opens its library anew at every step.

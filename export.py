@@ -21,12 +21,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 
-import datamodules  # noqa: F401  (a config may name its classes without their package)
 from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder, write_atomically
 from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256, import_encoder_module
 from errors import InputError, first_line
 from lightning_modules.encoders import Encoder, view, view_list
 
+import_module("datamodules")  # whose classes a run's config may name without their package
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 # What a run may hold on top of its encoder, by the names of its weights: linear layers, with ReLU between two.
 HEADS = (("classifier",), ("head",), ("head.0", "head.3"))
