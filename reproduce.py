@@ -35,8 +35,13 @@ REPORT = {
     "triplet_encoder_mlp_probe": 0.875,
     "fine_tuned_encoder": None,
     "supervised_encoder": None,
+    "supervised_encoder_linear_probe": None,
 }
-ON_THE_ENCODER = ("triplet_encoder_linear_probe", "triplet_encoder_mlp_probe", "fine_tuned_encoder")
+# Whose training the row of `draw_costs` counts besides its own.
+ENCODERS = {
+    **dict.fromkeys(("triplet_encoder_linear_probe", "triplet_encoder_mlp_probe", "fine_tuned_encoder"), "triplet_encoder_knn"),
+    "supervised_encoder_linear_probe": "supervised_encoder",
+}
 # 1,077 digits are two batches of 512, so that batches shrink and epochs grow in number.
 DIGITS = {
     "logistic_regression": ["--data.batch_size=128"],
@@ -62,11 +67,12 @@ class Ladder:
             "logistic_regression": lambda: self._classifier("logistic_regression"),
             "softmax_regression": lambda: self._classifier("softmax_regression"),
             "triplet_encoder_knn": self._triplet_encoder,
-            "random_encoder_linear_probe": lambda: self._probe("linear_probe", "random_encoder", "step0.ckpt"),
+            "random_encoder_linear_probe": lambda: self._probe("linear_probe", "random_encoder", checkpoint="step0.ckpt"),
             "triplet_encoder_linear_probe": lambda: self._probe("linear_probe", "linear_probe"),
             "triplet_encoder_mlp_probe": lambda: self._probe("mlp_probe", "mlp_probe"),
             "fine_tuned_encoder": lambda: self._probe("fine_tune", "fine_tune"),
             "supervised_encoder": lambda: self._classifier("supervised_encoder"),
+            "supervised_encoder_linear_probe": lambda: self._probe("linear_probe", "supervised_probe", "supervised_encoder"),
         }.items():
             if stage in rows:
                 print(f"[seed {self.seed}] {stage}: finished before", flush=True)
@@ -109,8 +115,8 @@ class Ladder:
         self._fit("triplet_encoder", "triplet_encoder")
         return self._evaluate("triplet_encoder", "triplet_encoder", "knn_accuracy")
 
-    def _probe(self, config: str, name: str, checkpoint: str | None = None) -> tuple[float, float]:
-        run = newest_finished(self.out / "triplet_encoder")
+    def _probe(self, config: str, name: str, of: str = "triplet_encoder", checkpoint: str | None = None) -> tuple[float, float]:
+        run = newest_finished(self.out / of)
         encoder = run / "checkpoints" / checkpoint if checkpoint else run
         self._fit(config, name, f"--frozen_encoder.run={encoder}")
         return self._evaluate(config, name, "accuracy")
@@ -179,12 +185,12 @@ def draw_accuracies(rows: list[dict], title: str) -> Figure:
 
 
 def draw_costs(rows: list[dict], title: str) -> Figure:
-    encoder = next(r["fit_seconds"] for r in rows if r["stage"] == "triplet_encoder_knn")
+    fits = {r["stage"]: r["fit_seconds"] for r in rows}
     drawn = Figure(figsize=(9, 4.5), layout="constrained")
     axes = drawn.subplots()
     for k, r in enumerate(rows):
-        seconds = r["fit_seconds"] + (encoder if r["stage"] in ON_THE_ENCODER else 0)
-        style = {"color": f"C{k}", "marker": "osD^vP*X"[k % 8], "linestyle": "none", "markersize": 8}
+        seconds = r["fit_seconds"] + fits.get(ENCODERS.get(r["stage"]), 0)
+        style = {"color": f"C{k}", "marker": "osD^vP*X<"[k % 9], "linestyle": "none", "markersize": 8}
         axes.errorbar(seconds, r["test_accuracy"], yerr=r["test_std"] or 0, label=r["stage"].replace("_", " "), **style)
     axes.set(xscale="log", xlabel="seconds of training, the encoder's included", ylabel="test accuracy", ylim=(0, 1), title=title)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -1,5 +1,6 @@
 """The data path: whole batches cut from tensors that stay on the training device."""
 
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -53,7 +54,9 @@ class BatchLoader:
         if cutout:
             self._fill = torch.stack([inputs[..., c].float().mean() for c in range(3)]).round().to(torch.uint8)
         if seed is not None:
-            self.sampler = self  # Lightning tells `loader.sampler` of each new epoch
+            # Lightning tells `loader.sampler` of each new epoch. A reference to itself would keep the images in memory
+            # until the cycle is collected.
+            self.sampler = weakref.proxy(self)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

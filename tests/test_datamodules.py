@@ -1,4 +1,6 @@
+import gc
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -164,6 +166,19 @@ def test_processes_evaluate_every_image_once():
     ranks = [BatchLoader(images(10), torch.arange(10), 3, rank=r, world_size=3) for r in range(3)]
     assert [y for loader in ranks for _, ys in loader for y in ys.tolist()] == list(range(10))
     assert all(len(loader) == len(list(loader)) for loader in ranks)
+
+
+def test_a_loader_lets_go_of_its_images_at_once():
+    gc.disable()  # a cycle would have to wait for it: of a million images, for gigabytes
+    try:
+        loader = BatchLoader(images(), torch.arange(64) % 10, 16, seed=0, flip=True, translate=2)
+        loader.sampler.set_epoch(3)  # as Lightning does
+        assert len(list(loader)) == 4 and loader.epoch == 3
+        padded = weakref.ref(loader.inputs)
+        del loader
+        assert padded() is None
+    finally:
+        gc.enable()
 
 
 def test_digits_sizes_and_range():

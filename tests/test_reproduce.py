@@ -55,10 +55,11 @@ def test_means_deviations_and_the_reports_figures():
 
 
 def test_the_probes_read_the_runs_of_their_own_ladder(ladder):
-    encoder = ladder / "seed_1" / "triplet_encoder" / "version_0"
-    for name, file in (("random_encoder", "checkpoints/step0.ckpt"), ("linear_probe", ""), ("mlp_probe", "")):
-        config = (ladder / "seed_1" / name / "version_0" / "config.yaml").read_text()
-        assert f"run: {encoder / file}\n" in config
+    seed = ladder / "seed_1"
+    triplet, supervised = (seed / name / "version_0" for name in ("triplet_encoder", "supervised_encoder"))
+    read = {"random_encoder": triplet / "checkpoints/step0.ckpt", "supervised_probe": supervised}
+    for name, encoder in {**read, **dict.fromkeys(("linear_probe", "mlp_probe", "fine_tune"), triplet)}.items():
+        assert f"run: {encoder}\n" in (seed / name / "version_0" / "config.yaml").read_text()
 
 
 def test_a_finished_ladder_is_not_run_again(ladder, capsys, monkeypatch):
