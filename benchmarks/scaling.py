@@ -103,13 +103,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.process:
         return fit_on_processes(options)
+    keep_freed_memory()
     data, rows = read_npz(Path(options.data_dir) / "cifar10_train.npz", 10), []
     for name, measure in (("data path", loading), ("softmax regression", regression)):
         found = in_turn({n: (lambda n=n: measure(data, n)) for n in options.images}, options.repetitions)
         seconds = {n: statistics.median(s) for n, s in found.items()}
         slope = exponent(list(seconds), list(seconds.values()))
         rows += [{"": name, "size": f"{n:,} images", "cost": s, "unit": "s", "exponent or ratio": slope} for n, s in seconds.items()]
-    keep_freed_memory()  # for the encoder's large activations, as main.py does
     for name, sizes in (("batch", [(b, 128) for b in (128, 256, 512, 1024)]), ("z_dim", [(256, z) for z in (32, 128, 512)])):
         found = in_turn({size: (lambda size=size: step(*size)) for size in sizes}, options.repetitions)
         cost = {size: statistics.median(ms) for size, ms in found.items()}

@@ -50,7 +50,8 @@ class BatchLoader:
         self.labels, self.batch_size, self.seed, self.flip, self.translate = labels, batch_size, seed, flip, translate
         self.rank, self.world_size, self.num_samples, self.epoch, self.cutout = rank, world_size, len(inputs), 0, cutout
         self._delivered = self._resumed = (0, 0)  # epoch, batches of it
-        self.inputs = _pad(inputs, translate) if inputs.ndim > 2 and translate else inputs
+        # torchvision's arrays are views with another order of their dimensions
+        self.inputs = _pad(inputs, translate) if inputs.ndim > 2 and translate else inputs.contiguous()
         if cutout:
             self._fill = torch.stack([inputs[..., c].float().mean() for c in range(3)]).round().to(torch.uint8)
         if seed is not None:
@@ -108,9 +109,10 @@ class BatchLoader:
     def _cut(self, index: Tensor, mirrored: Tensor | None = None, shift: Tensor | None = None, centre: Tensor | None = None):
         labels = () if self.labels is None else (self.labels[index],)
         if self.inputs.ndim == 2:
-            return self.inputs[index], *labels
+            return self.inputs.index_select(0, index), *labels
         if not self.translate:
-            pixels = self.inputs[index]
+            # As rows, which are copied whole: four to eight times as fast as self.inputs[index].
+            pixels = self.inputs.flatten(1).index_select(0, index).view(-1, 32, 32, 3)
             if mirrored is not None:
                 pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
         else:
