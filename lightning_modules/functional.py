@@ -96,11 +96,10 @@ def supcon_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     Contrastive Learning", 2020, equation 2). `z` (B, D), `labels` (B,); anchors without a positive are left out.
     """
     z = F.normalize(z, dim=1)
-    classes, members = labels.unique(return_inverse=True)
-    sums = z.new_zeros(len(classes), z.shape[1]).index_add_(0, members, z)
-    positives = (members.bincount(minlength=len(classes)) - 1).to(z.dtype)[members]
+    members, sums = _class_sums(z, labels)
+    positives = (members.bincount() - 1).to(z.dtype)[members]
     # The sum over positives of s_ap needs no matrix: it is zₐ · (sum of its class − zₐ).
-    attraction = (z * (sums[members] - z)).sum(1) / (positives.clamp_min(1) * temperature)
+    attraction = (z * (rows(sums, members) - z)).sum(1) / (positives.clamp_min(1) * temperature)
 
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
         logits = z[block] @ z.T / temperature
@@ -121,11 +120,10 @@ def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoot
     classes: a triplet's anchor, with one mean for all positives and one for each class of negatives.
     """
     z = F.normalize(z, dim=1)
-    classes, members = labels.unique(return_inverse=True)
-    sums = z.new_zeros(len(classes), z.shape[1]).index_add_(0, members, z)
+    members, sums = _class_sums(z, labels)
     # A class whose images point everywhere has a sum near 0: below this length its direction fades instead of turning
     # at once, so that the gradient stays bounded.
-    means, others = (F.normalize(x, dim=1, eps=1e-3) for x in (sums, sums[members] - z))
+    means, others = (F.normalize(x, dim=1, eps=1e-3) for x in (sums, rows(sums, members) - z))
     similarity = (z @ means.T).scatter(1, members[:, None], (z * others).sum(1, keepdim=True))
     terms = F.cross_entropy(similarity / temperature, members, reduction="none", label_smoothing=label_smoothing)
     anchors = members.bincount()[members] > 1
@@ -158,6 +156,21 @@ def pairwise_contrastive_loss(z: Tensor, labels: Tensor, temperature: float) -> 
         return z.sum() * 0
     attract, repel, positives, negatives = _summed(terms, F.normalize(z, dim=1))
     return -attract / positives - repel / negatives
+
+
+def rows(z: Tensor, index: Tensor) -> Tensor:
+    """z[index], (N, D) and (T,) → (T, D), with a gradient that has the same bits every time.
+
+    That of indexing is added up in the order in which a CPU's threads come, that of `index_select` in that of a GPU's.
+    """
+    return F.embedding(index, z)
+
+
+def _class_sums(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The number (B,) of each image's class among the batch's C classes, and the sums (C, D) of their embeddings."""
+    classes, members = labels.unique(return_inverse=True)
+    # As a product, since a GPU's index_add sums in any order.
+    return members, F.one_hot(members, len(classes)).to(z.dtype).T @ z
 
 
 def _summed(terms: Callable[[Tensor, slice], tuple[Tensor, ...]], z: Tensor) -> list[Tensor]:

@@ -19,6 +19,7 @@ from lightning_modules.functional import (
     multi_negative_loss,
     pairwise_contrastive_loss,
     prototypical_loss,
+    rows,
     soft_margin_loss,
     supcon_loss,
     triplet_margin_loss,
@@ -168,7 +169,8 @@ def _sampled(loss: BatchLoss, z: Tensor, labels: Tensor, generator: torch.Genera
         with torch.no_grad():
             found = [hardest_triplets(distance_matrix(loss.distance, z, b), labels, b) for b in anchor_blocks(len(z))]
         anchors, positives, negatives = (torch.cat(x) for x in zip(*found))
-    return loss.distance.pairs(z[anchors], z[positives]), loss.distance.pairs(z[anchors], z[negatives])
+    x = rows(z, anchors)
+    return loss.distance.pairs(x, rows(z, positives)), loss.distance.pairs(x, rows(z, negatives))
 
 
 def _margin(loss: BatchLoss, margin: float) -> float:

@@ -327,6 +327,26 @@ def test_without_triplets_gradients_are_finite_and_pull_nothing_apart(loss, labe
         assert value == 0 and torch.equal(z.grad, torch.zeros(4, 5))
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=NAMES)
+def test_gradients_have_the_same_bits_every_time(loss, two_threads):
+    # From 2¹⁵ numbers on, a CPU's threads share the work, and the default's batch of 256 × 128 has as many.
+    z, labels = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)), torch.arange(512) % 10
+    gradients = set()
+    for _ in range(30):
+        x = z.clone().requires_grad_()
+        loss(x, labels, torch.Generator().manual_seed(0)).backward()
+        gradients.add(x.grad.numpy().tobytes())
+    assert len(gradients) == 1
+
+
 @pytest.mark.parametrize("loss", EVERY_LOSS, ids=NAMES)
 def test_embeddings_that_are_not_numbers_are_not_hidden(loss):
     z, labels = batch()
