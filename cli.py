@@ -14,6 +14,7 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -198,11 +199,11 @@ class CLI(LightningCLI):
     def after_fit(self) -> None:
         run = self._folder
         data = f" --data {type(self.datamodule).__name__}"
+        saved = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
         if run is None:
-            written = self.trainer.checkpoint_callback.dirpath
-            return self._say(f"fit ended; without a logger only checkpoints are written: {written}")
+            written = "nothing is written" if saved is None else f"only checkpoints are written: {saved.dirpath}"
+            return self._say(f"fit ended; without a logger {written}")
         lines = [f"{run}: checkpoints, curves.png, metrics.csv, TensorBoard events"]
-        saved = self.trainer.checkpoint_callback
         if saved is not None and saved.best_model_score is not None:
             lines.append(f"Best: {Path(saved.best_model_path).name}, {saved.monitor} {float(saved.best_model_score):.4f}")
         if hasattr(self.model, "triplet_loss"):

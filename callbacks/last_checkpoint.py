@@ -15,7 +15,7 @@ from errors import InputError
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes `checkpoints/last.ckpt` at every epoch's end, every so many steps between, and after other validations.
+    """Writes `checkpoints/last.ckpt` at every epoch's end, every so many steps between, at `max_steps`, and after other validations.
 
     Added to every run by the command line. SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the
     validation it is in, with that checkpoint and exit code 143 or 130; a second one ends it at once. A loss that is not
@@ -58,7 +58,7 @@ class LastCheckpoint(Checkpoint):
         if self._at_epoch_end(trainer) or trainer.fit_loop.epoch_loop._should_accumulate():
             return  # the epoch's end follows
         stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0
-        if stop or step % self.every_n_steps == 0:
+        if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
         self._end(trainer, stop)
 

@@ -123,6 +123,17 @@ def test_last_is_the_last_epoch_even_where_an_earlier_one_was_better(tmp_path, r
     assert best < 24 and torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 24
 
 
+def test_last_is_there_where_max_steps_ends_a_fit_that_validates_nothing(tmp_path, run):
+    whole, short = (
+        ["--trainer.limit_val_batches=0", "--model.schedule=constant", f"--trainer.max_steps={steps}"] for steps in (3, 2)
+    )
+    run("fit", "softmax_regression", *short)
+    last = tmp_path / "runs/softmax_regression/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    resumed, expected = run("fit", "softmax_regression", *whole, "--ckpt_path=last"), run("fit", "softmax_regression", *whole)
+    assert resumed.model.linear.weight.equal(expected.model.linear.weight)
+
+
 def test_fit_goes_on_in_its_own_folder_and_ends_as_if_never_stopped(tmp_path, run):
     options = ["--model.encoder.init_args.widths=[8,8,8]", "--model.schedule=constant"]
     whole = run("fit", "triplet_encoder", *options, "--trainer.max_epochs=4")
@@ -233,6 +244,13 @@ def test_bad_input_through_the_real_command(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr == "main.py: checkpoint nowhere.ckpt: no such file or run folder\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fit_without_the_configs_callbacks_ends_in_its_lines_too(run, capsys):
+    run("fit", "triplet_encoder", "--model.encoder.widths=[8,8,8]", "--trainer.max_steps=1", "--trainer.callbacks=Curves")
+    assert "Next: python main.py fit --config configs/linear_probe.yaml" in capsys.readouterr().out
+    run("fit", "softmax_regression", "--trainer.max_steps=1", "--trainer.callbacks=TQDMProgressBar", "--trainer.logger=false")
+    assert "without a logger nothing is written" in capsys.readouterr().out
 
 
 def test_a_batch_whose_pairs_fill_the_memory_is_worked_on_in_blocks(run, monkeypatch, capsys):
