@@ -9,7 +9,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-import matplotlib.style
 import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning_fabric.plugins import TorchCheckpointIO
@@ -30,7 +29,6 @@ if not torch.cuda.is_available():
     # Lightning has CUDA looked for by NVML, for which an optimiser opens its library anew at every step.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
-matplotlib.style.use("petroff10")  # ten colours that colour-blind readers tell apart (M. A. Petroff, 2021)
 # The trainer's lines about TPUs and other products; its warnings stay, but for those that are about our own intent.
 for name in (
     "pytorch_lightning.utilities.rank_zero",

@@ -1,3 +1,5 @@
+import matplotlib.style
+
 from callbacks.curves import Curves
 from callbacks.frozen_encoder import FrozenEncoder
 from callbacks.inspection import Inspection
@@ -11,6 +13,8 @@ from callbacks.run_files import RunFiles
 from callbacks.run_logger import RunLogger
 from callbacks.training_monitor import TrainingMonitor
 from callbacks.tsne import TSNE
+
+matplotlib.style.use("petroff10")  # ten colours that colour-blind readers tell apart (M. A. Petroff, 2021)
 
 __all__ = [
     "Curves",

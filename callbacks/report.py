@@ -36,9 +36,11 @@ class Report(Callback):
         images = len(trainer.datamodule.split("test").labels)
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
         config = (folder / "config.yaml").read_text()
+        # Lightning notes by a leading underscore how it made the object.
+        options = {k: v for k, v in trainer.datamodule.hparams.items() if v is not None and k[0] != "_"}
         facts = {
             "images": f"{images:,} of {len(pl_module.class_names)} classes: {', '.join(pl_module.class_names)}",
-            "data": ", ".join(f"{k} {v}" for k, v in {**trainer.datamodule.hparams}.items() if v is not None),
+            "data": f"{type(trainer.datamodule).__name__}: {', '.join(f'{k} {v}' for k, v in options.items())}",
             "checkpoint": str(trainer.ckpt_path),
         }
         if (run / FINISHED).is_file():

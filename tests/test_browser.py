@@ -112,7 +112,7 @@ def keep(browser, name: str) -> None:
     if "SCREENSHOTS" in os.environ:
         time.sleep(3)  # the end of a movement
         picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-        picture.quantize(128).save(Path(os.environ["SCREENSHOTS"]) / f"{name}.png", optimize=True)
+        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(Path(os.environ["SCREENSHOTS"]) / f"{name}.png", optimize=True)
 
 
 def test_scalars(browser, tensorboard):

@@ -48,6 +48,7 @@ def test_a_test_ends_in_a_page_that_needs_no_other_file(run, tmp_path):
         low, high = wilson_interval(value, 60)
         assert f"{value:.4f}{low:.4f} … {high:.4f}" in page.text
         assert f"--config {folder}/config.yaml --ckpt_path" in page.text and "class_path" in page.text
+        assert "CIFAR10DataModule: root" in page.text and "_instantiator" not in page.text
         assert len(page.images) == figures
         assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in page.images)
         assert not re.search(r"(src|href)=.(?!data:)", text)
