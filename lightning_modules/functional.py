@@ -170,7 +170,7 @@ def _class_sums(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The number (B,) of each image's class among the batch's C classes, and the sums (C, D) of their embeddings."""
     classes, members = labels.unique(return_inverse=True)
     # As a product, since a GPU's index_add sums in any order.
-    return members, F.one_hot(members, len(classes)).to(z.dtype).T @ z
+    return members, (labels == classes[:, None]).to(z.dtype) @ z
 
 
 def _summed(terms: Callable[[Tensor, slice], tuple[Tensor, ...]], z: Tensor) -> list[Tensor]:

@@ -94,6 +94,8 @@ class TripletEncoder(Stage):
         return self.head(features)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        if not len(output):  # in an evaluation, where there are fewer batches than processes
+            return output.sum()
         if self.training and self.trainer.world_size > 1 and self.global_mining:
             # With gradient: every process computes the loss of the whole global batch.
             output = self.all_gather(output, sync_grads=True).flatten(0, 1)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from errors import InputError
-from lightning_modules import functional, losses
+from lightning_modules import FastEncoder, TripletEncoder, functional, losses
 from lightning_modules.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
 from lightning_modules.triplets import active_counts, hardest_triplets, random_triplets
 
@@ -325,6 +325,12 @@ def test_without_triplets_gradients_are_finite_and_pull_nothing_apart(loss, labe
         assert value > 0  # the paper's denominator needs no negatives
     else:
         assert value == 0 and torch.equal(z.grad, torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=NAMES)
+def test_a_process_without_images_evaluates_too(loss):
+    module = TripletEncoder(FastEncoder([8, 8, 8]), loss, lr=0.1, z_dim=5).eval()
+    assert module.loss(torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)) == 0
 
 
 @pytest.fixture
