@@ -14,7 +14,8 @@ from callbacks.run_logger import RunLogger
 from callbacks.training_monitor import TrainingMonitor
 from callbacks.tsne import TSNE
 
-matplotlib.style.use("petroff10")  # ten colours that colour-blind readers tell apart (M. A. Petroff, 2021)
+# Ten colours that colour-blind readers tell apart (M. A. Petroff, 2021); here, since all that draws imports this package.
+matplotlib.style.use("petroff10")
 
 __all__ = [
     "Curves",
