@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 
 
 def world() -> tuple[int, int]:
@@ -21,42 +22,44 @@ def gather_objects(mine: Any) -> list[Any]:
     return everyones
 
 
-def _summed(*values: Tensor) -> Tensor:
-    """The stacked vectors' sums over all processes."""
-    stacked = torch.stack(values)
-    distributed.all_reduce(stacked)
-    return stacked
-
-
 class _GlobalBatchNorm(torch.autograd.Function):
     """x (B, C, H, W) normalised by the mean and variance over all processes' images; their gradient reaches them all.
 
-    Sums are accumulated in float64, as PyTorch's BatchNorm does on the CPU: a channel that hardly varies would blow up
-    the rounding errors of float32.
+    Every pass over x is one of PyTorch's own fused kernels, as on one process, of this process's images; what the
+    others' add is known from sums per channel alone.
     """
 
     @staticmethod
-    def forward(context, x: Tensor, eps: float, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        values = x if x.dtype == torch.float64 else x.float()
-        (mean,) = _summed(values.sum((0, 2, 3), dtype=torch.float64)) / count
-        centred = values - mean.to(values.dtype)[:, None, None]
+    def forward(context, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        # In buffers of the weight's precision, as of bfloat16 images the kernel would give rounded statistics without.
+        own = torch.stack(torch.batch_norm_update_stats(x, torch.zeros_like(weight), torch.ones_like(weight), 1.0))
+        everyones = [torch.empty_like(own) for _ in range(world()[1])]
+        distributed.all_gather(everyones, own)
+        means, variances = torch.stack(everyones).double().unbind(1)
+        mean = means.mean(0)
         # Not from the sum of squares, which loses the digits of a variance that is small beside the mean.
-        (variance,) = _summed(centred.square().sum((0, 2, 3), dtype=torch.float64)) / count
-        scale = (variance + eps).rsqrt().to(values.dtype)
-        normalised = centred.mul_(scale[:, None, None])
-        context.save_for_backward(normalised, scale)
-        context.count = count
+        variance = (variances + (means - mean).square()).mean(0)
+        mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
+        context.save_for_backward(x, weight, mean, variance)
+        context.eps = eps
         context.mark_non_differentiable(mean, variance)
-        return normalised.to(x.dtype), mean, variance
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
 
     @staticmethod
-    def backward(context, gradient: Tensor, _mean: None, _variance: None) -> tuple[Tensor, None, None]:
-        normalised, scale = context.saved_tensors
-        wide = gradient.to(normalised.dtype)
-        along = (wide * normalised).sum((0, 2, 3), dtype=torch.float64)
-        sums = _summed(wide.sum((0, 2, 3), dtype=torch.float64), along) / context.count
-        shift, along = sums.to(normalised.dtype)[:, :, None, None]
-        return ((wide - shift - normalised * along) * scale[:, None, None]).to(gradient.dtype), None, None
+    def backward(context, gradient: Tensor, _mean: None, _variance: None) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance = context.saved_tensors
+        scale = (variance + context.eps).rsqrt()
+        # With normalised = (x - mean) · scale, the gradient of x is
+        #     weight · scale · (gradient - mean(gradient) - normalised · mean(gradient · normalised)).
+        # The kernel takes these two means over its own images; the difference from all images' is added.
+        own, *sums = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, scale, True, context.eps, [True, True, True]
+        )
+        along, shift = torch.stack(sums) / (x.numel() // x.shape[1])
+        total = torch.stack([along, shift])
+        distributed.all_reduce(total)
+        along, shift = weight * scale * (torch.stack([along, shift]) - total / world()[1])
+        return own.add_(F.batch_norm(x, mean, variance, along, shift, False, 0.0, context.eps)), *sums, None
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
@@ -69,17 +72,19 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         processes = world()[1]
         if not self.training or processes == 1:
             return super().forward(x)
-        count = x.numel() // x.shape[1] * processes
-        normalised, mean, variance = _GlobalBatchNorm.apply(x, self.eps, count)
+        weight, bias = self.weight, self.bias
+        if weight is None:
+            weight = x.new_ones(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
+            bias = torch.zeros_like(weight)
+        normalised, mean, variance = _GlobalBatchNorm.apply(x, weight, bias, self.eps)
         if self.track_running_stats:
+            count = x.numel() // x.shape[1] * processes
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
                 self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), share)
-        if self.weight is not None:
-            normalised = normalised * self.weight[:, None, None] + self.bias[:, None, None]
-        return normalised.to(x.dtype)
+        return normalised
 
 
 def share_batch_norm(module: nn.Module) -> None:

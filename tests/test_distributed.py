@@ -53,7 +53,9 @@ def test_every_loss_has_the_loss_and_gradient_of_one_process(tmp_path, alone, pr
     for name in alone.keys() - {local}:
         one, many = alone[name], together[name]
         if name.endswith("float32"):
-            torch.testing.assert_close(many["loss"], one["loss"], rtol=1e-4, atol=0, msg=lambda m: f"{name}: {m}")
+            # One process on 1 and on 2 threads parts by up to 9e-4 (two values tie in a max-pooling); processes that each
+            # compute the loss of their own slice are 1e-2 away.
+            torch.testing.assert_close(many["loss"], one["loss"], rtol=2e-3, atol=0, msg=lambda m: f"{name}: {m}")
             trained = [k for k in one if k.endswith(("weight", "bias"))]
             one, many = (torch.cat([found[k].flatten() for k in trained]) for found in (one, many))
             assert (many - one).norm() <= 1e-4 * one.norm(), name

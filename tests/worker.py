@@ -10,6 +10,7 @@ import warnings
 
 import torch
 from pytorch_lightning import Trainer, seed_everything
+from torch import nn
 
 from datamodules import DigitsDataModule
 from lightning_modules import (
@@ -26,6 +27,7 @@ from lightning_modules import (
     TripletEncoder,
     TripletMarginLoss,
 )
+from lightning_modules.distributed import gather_objects, share_batch_norm, world
 from main import leave_processes
 
 DISTANCES = {
@@ -66,6 +68,19 @@ def fit(loss, precision: str, steps: int, lr: float = 0.02, **options) -> dict:
     return {"loss": model.last_loss, **model.state_dict()}
 
 
+def bare_batch_norm() -> dict:
+    """Gradient and buffers of a BatchNorm without weights that averages over all batches."""
+    layer = nn.Sequential(nn.BatchNorm2d(3, affine=False, momentum=None)).double()
+    share_batch_norm(layer)
+    rank, processes = world()
+    torch.manual_seed(0)
+    x, slope = torch.randn(2, 8, 3, 4, 4, dtype=torch.float64)
+    mine = x.chunk(processes)[rank].requires_grad_()
+    layer(mine + 1)
+    (layer(mine) * slope.chunk(processes)[rank]).sum().backward()
+    return {"gradient": torch.cat(gather_objects(mine.grad)), **layer.state_dict()}
+
+
 def main(file: str) -> None:
     warnings.simplefilter("ignore")
     found = {}
@@ -73,8 +88,10 @@ def main(file: str) -> None:
         found[name] = fit(loss, "64-true", 1)
     for name in ("multi-negative", "margin, random, Euclidean", "margin, all, Euclidean on the sphere"):
         found[f"{name}, 20 steps"] = fit(LOSSES[name], "64-true", 20)
+    for name in ("multi-negative", "prototypical", "margin, all, Euclidean on the sphere"):
         # At a low rate: at 0.02, rounding errors grow so fast in float32 that 1 and 2 threads of one process part as well.
         found[f"{name}, float32"] = fit(LOSSES[name], "32-true", 20, lr=1e-4)
+    found["BatchNorm"] = bare_batch_norm()
     found["multi-negative, local"] = fit(MultiNegativeLoss, "64-true", 1, global_mining=False)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         torch.save(found, file)
