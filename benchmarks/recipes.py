@@ -1,11 +1,12 @@
 """Studies behind the recipes, on validation images alone: one change at a time, same budget, same learning rates.
 
     python -m benchmarks.recipes losses --data-dir data                 # every loss × mining at 4 epochs, three rates
-    python -m benchmarks.recipes temperature --seeds 2 --epochs 4
+    python -m benchmarks.recipes temperature batch --seeds 2
     python -m benchmarks.recipes losses --out runs/recipes              # called again: goes on where it stopped
 
-Each setting is a fit of configs/triplet_encoder.yaml with the overrides named, then a linear probe. Prints a Markdown
-table of the probe's validation accuracy (best epoch) for each setting and learning rate, with what MiningMonitor said.
+Each setting is a fit of configs/triplet_encoder.yaml with the overrides named, then a linear probe; what several studies
+share, as the default, is fitted once (`fits.json`). Prints for each study a Markdown table of the probe's validation
+accuracy (best epoch) for each setting and learning rate, with what MiningMonitor said.
 """
 
 import argparse
@@ -30,11 +31,6 @@ def margin(triplets: str) -> list[str]:
     return loss("TripletMarginLoss", triplets=triplets, margin=0.5, **sphere)
 
 
-def batch(size: int) -> list[str]:
-    """The rate grows with the square root of the batch."""
-    return [f"--data.batch_size={size}", f"--model.lr={0.5 * (size / 512) ** 0.5:.2f}"]
-
-
 STUDIES = {
     "losses": {
         "prototypical, τ 0.1, smoothing 0.1 (default)": [],
@@ -50,9 +46,22 @@ STUDIES = {
         "soft margin, random": loss("SoftMarginTripletLoss", triplets="random"),
         "LMNN, 3 target neighbours": loss("LMNNLoss"),
     },
-    "decay": {f"weight decay {d}": [f"--model.weight_decay={d}"] for d in (1e-4, 5e-4, 1.5e-3)},
-    "temperature": {f"τ {t}": [f"--model.loss.temperature={t}"] for t in (0.05, 0.1, 0.2, 0.4)},
-    "smoothing": {f"label smoothing {s}": [f"--model.loss.label_smoothing={s}"] for s in (0.0, 0.1, 0.2)},
+    "decay": {
+        "weight decay 1e-4": ["--model.weight_decay=1e-4"],
+        "5e-4 (default)": [],
+        "1.5e-3": ["--model.weight_decay=1.5e-3"],
+    },
+    "temperature": {
+        "τ 0.05": ["--model.loss.temperature=0.05"],
+        "0.1 (default)": [],
+        "0.2": ["--model.loss.temperature=0.2"],
+        "0.4": ["--model.loss.temperature=0.4"],
+    },
+    "smoothing": {
+        "label smoothing 0": ["--model.loss.label_smoothing=0"],
+        "0.1 (default)": [],
+        "0.2": ["--model.loss.label_smoothing=0.2"],
+    },
     "augmentation": {
         "flip, translation by 2 (default)": [],
         "no flip": ["--data.flip=false"],
@@ -76,7 +85,12 @@ STUDIES = {
         "mean of the weights, decay 0.99": ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.99"],
         "decay 0.998": ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.998"],
     },
-    "batch": {f"batch {size}": batch(size) for size in (128, 256, 512, 1024)},
+    "batch": {  # the rate grows with the batch's square root
+        "batch 128": ["--data.batch_size=128", "--model.lr=0.25"],
+        "256 (default)": [],
+        "512": ["--data.batch_size=512", "--model.lr=0.5"],
+        "1024": ["--data.batch_size=1024", "--model.lr=0.71"],
+    },
     "width": {
         "32/64/256 (default)": [],
         "24/64/256": ["--model.encoder.widths=[24,64,256]"],
@@ -108,7 +122,7 @@ def run(out: Path, data_dir: str, overrides: list[str], seed: int, epochs: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("studies", choices=STUDIES, nargs="+")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates (losses: 0.1 0.5 0.02; else the config's)")
@@ -116,34 +130,30 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     options = parser.parse_args()
+    for study in options.studies:
+        print(table(study, options), flush=True)
 
-    also = [f"--{option}" for option in options.also]
-    rates = options.rates or ([0.1, 0.5, 0.02] if options.study == "losses" else [None])
-    named = "_".join([options.study, str(options.epochs), *options.also]).replace("/", "_")
-    file = options.out / f"{named}.json"
+
+def table(study: str, options: argparse.Namespace) -> str:
+    """The study's table and sentences in Markdown, after the fits that `fits.json` in `options.out` does not have yet."""
+    rates = options.rates or ([0.1, 0.5, 0.02] if study == "losses" else [None])
+    file = options.out / "fits.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
+    cells, said = {}, []
     for seed in range(options.seeds):
         for rate in rates:
-            for name, overrides in STUDIES[options.study].items():
-                key = f"{name} | {rate} | {seed}"
-                if key in found:
-                    continue
-                given = [] if rate is None else [f"--model.lr={rate}"]
-                folder = options.out / f"{named}_{len(found)}"
-                found[key] = run(folder, options.data_dir, [*also, *overrides, *given], seed, options.epochs)
-                file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-
-    print(f"\n| setting | {' | '.join('lr ' + str(r or 'as configured') for r in rates)} |\n|---|{'---|' * len(rates)}")
-    for name in STUDIES[options.study]:
-        cells = []
-        for rate in rates:
-            rows = [found[f"{name} | {rate} | {seed}"] for seed in range(options.seeds)]
-            warned = " (warned)" if any(row["said"] for row in rows) else ""
-            cells.append(" / ".join(f"{row['val_accuracy']:.4f}" for row in rows) + warned)
-        print(f"| {name} | {' | '.join(cells)} |")
-    for key, row in found.items():
-        for sentence in row["said"]:
-            print(f"- {key}: {sentence}")
+            for name, overrides in STUDIES[study].items():
+                given = [*(f"--{o}" for o in options.also), *overrides, *([] if rate is None else [f"--model.lr={rate}"])]
+                key = f"{' '.join(given) or 'default'} | {options.epochs} epochs | seed {seed}"
+                if key not in found:
+                    found[key] = run(options.out / f"fit_{len(found)}", options.data_dir, given, seed, options.epochs)
+                    file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+                row = found[key]
+                cells.setdefault((name, rate), []).append(f"{row['val_accuracy']:.4f}" + " (warned)" * bool(row["said"]))
+                said += [f"- {name}, lr {rate or 'as configured'}, seed {seed}: {sentence}" for sentence in row["said"]]
+    head = f"\n| {study} | {' | '.join('lr ' + str(r or 'as configured') for r in rates)} |\n|---|{'---|' * len(rates)}"
+    body = [f"| {name} | {' | '.join(' / '.join(cells[name, rate]) for rate in rates)} |" for name in STUDIES[study]]
+    return "\n".join([head, *body, *said])
 
 
 if __name__ == "__main__":
