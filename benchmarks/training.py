@@ -4,11 +4,12 @@
 
 Images/s of `main.py fit` with configs/triplet_encoder.yaml and all its callbacks, over the steps of an epoch behind the
 warm-up, against
-- the bare limit: the same network's forward, loss, backward and optimiser step on one batch already in place;
+- the bare limit: the same network's forward, loss, backward and optimiser step on one batch already in place, in the same
+  process, ten steps of each in turn: on a shared machine, processes a minute apart differ by more than what is measured;
 - the usual way around the same network, batch 512: torchvision transforms in a DataLoader with two workers,
   pytorch-metric-learning's semi-hard miner and triplet loss, in a plain LightningModule (ours then mines semi-hard
   triplets in batches of 512 too).
-Same images and precision on both sides; a fresh process for each measurement, the sides in turn.
+Same images and precision on both sides; fresh processes, in turn.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +29,6 @@ from benchmarks.common import arguments, in_turn, machine, median_ratio, show
 from cli import bf16_is_native
 from datamodules.arrays import ImageSet, read_npz
 from lightning_modules import EuclideanDistance, FastEncoder, PrototypicalLoss, TripletEncoder, TripletMarginLoss
-from main import keep_freed_memory
 from main import main as command
 
 CONFIG = Path(__file__).parent.parent / "configs" / "triplet_encoder.yaml"
@@ -52,13 +53,38 @@ class Clock(Callback):
         return batch * (len(self.times) - warmup - 1) / (self.times[-1] - self.times[warmup])
 
 
-def ours(options: argparse.Namespace, *more: str) -> float:
+class BesideBareLimit(Callback):
+    """Has the fit and its bare limit take turns, `BLOCK` steps each, and sums up the seconds of both behind the warm-up."""
+
+    BLOCK = 10
+
+    def __init__(self) -> None:
+        self.fit = self.bare = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = bare_limit(trainer, isinstance(pl_module.triplet_loss, TripletMarginLoss))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) % self.BLOCK:
+            return
+        fitted = time.perf_counter()
+        for _ in range(self.BLOCK):
+            self._step()
+        stepped = time.perf_counter()
+        if batch_idx >= self.BLOCK:  # the first block warms up
+            self.fit, self.bare = self.fit + fitted - self._since, self.bare + stepped - fitted
+        self._since = stepped
+
+
+def ours(options: argparse.Namespace, *more: str) -> tuple[float, float]:
+    """Images/s of the fit, and of its bare limit."""
     with tempfile.TemporaryDirectory() as folder:
         given = [f"--data.root={options.data_dir}", f"--trainer.logger.save_dir={folder}", f"--trainer.max_steps={options.steps}"]
-        added = ["--trainer.callbacks+=benchmarks.training.Clock"]
+        added = ["--trainer.callbacks+=benchmarks.training.BesideBareLimit"]
         cli = command(["fit", "--config", str(CONFIG), *given, *more, *added])
-    clock = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Clock")  # this file is __main__ too
-    return clock.rate(cli.datamodule.batch_size, options.warmup)
+    found = next(c for c in cli.trainer.callbacks if type(c).__name__ == "BesideBareLimit")  # this file is __main__ too
+    images = (options.steps // found.BLOCK - 1) * found.BLOCK * cli.datamodule.batch_size
+    return images / found.fit, images / found.bare
 
 
 def encoder_and_loss(semihard: bool) -> TripletEncoder:
@@ -68,23 +94,23 @@ def encoder_and_loss(semihard: bool) -> TripletEncoder:
     return TripletEncoder(FastEncoder(), loss, lr=0.35, momentum=0.85, weight_decay=1e-4)
 
 
-def bare(options: argparse.Namespace, batch: int = 256, semihard: bool = False) -> float:
-    keep_freed_memory()
-    data = read_npz(Path(options.data_dir) / "cifar10_train.npz", 10)
+def bare_limit(trainer: Trainer, semihard: bool) -> Callable[[], None]:
+    """A step on a model of its own and a batch already in place."""
+    data, batch = trainer.datamodule.split("train"), trainer.datamodule.batch_size
     model = encoder_and_loss(semihard)
     model.encoder.initialize(data.images)
     images = (data.images[:batch].permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
-    labels, optimizer, clock = data.labels[:batch], model.configure_optimizers()["optimizer"], Clock()
-    precision = Trainer(accelerator="cpu", precision=options.precision, logger=False, enable_checkpointing=False).precision_plugin
-    for _ in range(options.steps):
-        with precision.forward_context():
+    labels, optimizer = data.labels[:batch], model.configure_optimizers()["optimizer"]
+
+    def step() -> None:
+        with trainer.precision_plugin.forward_context():
             z = model.head(model.encoder(images))
         loss = model.triplet_loss(z.float(), labels, None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        clock.on_train_batch_end()
-    return clock.rate(batch, options.warmup)
+
+    return step
 
 
 class Images(torch.utils.data.Dataset):
@@ -120,51 +146,49 @@ class Usual(LightningModule):
         return self.model.configure_optimizers()["optimizer"]
 
 
-def usual(options: argparse.Namespace) -> float:
+def usual(options: argparse.Namespace) -> tuple[float]:
     data, module, clock = read_npz(Path(options.data_dir) / "cifar10_train.npz", 10), Usual(), Clock()
     module.model.encoder.initialize(data.images)
     loader = torch.utils.data.DataLoader(Images(data), 512, shuffle=True, drop_last=True, num_workers=2)
     quiet = {"logger": False, "enable_checkpointing": False, "max_steps": options.steps, "callbacks": [clock]}
     Trainer(accelerator="cpu", precision=options.precision, **quiet).fit(module, loader)
-    return clock.rate(512, options.warmup)
+    return (clock.rate(512, BesideBareLimit.BLOCK),)
 
 
 SIDES = {
     "default config": ours,
-    "its bare limit": bare,
     "semi-hard, batch 512": lambda options: ours(options, *SEMIHARD),
-    "its bare limit, batch 512": lambda options: bare(options, 512, semihard=True),
     "the usual way, batch 512": usual,
-}
-COMPARED = {  # side → over what
-    "default config": "its bare limit",
-    "semi-hard, batch 512": "its bare limit, batch 512",
-    "the usual way, batch 512": "semi-hard, batch 512",
 }
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.precision = "bf16-mixed" if bf16_is_native("cpu") else "32-true"
     if options.side:
-        print(f"\nimages/s {SIDES[options.side](options)}")
+        print("\nimages/s", *SIDES[options.side](options))
         return
 
-    def measure(side: str) -> float:
-        sizes = ["--steps", str(options.steps), "--warmup", str(options.warmup), "--data-dir", options.data_dir]
-        out = subprocess.check_output([sys.executable, "-m", "benchmarks.training", "--side", side, *sizes], text=True)
-        return float(out.split("images/s ")[-1])
+    def measure(side: str) -> list[float]:
+        given = ["--steps", str(options.steps), "--data-dir", options.data_dir]
+        out = subprocess.check_output([sys.executable, "-m", "benchmarks.training", "--side", side, *given], text=True)
+        return [float(rate) for rate in out.split("images/s ")[-1].split()]
 
-    rates = in_turn({side: (lambda side=side: measure(side)) for side in SIDES}, options.repetitions)
-    rows = []
-    for side, found in rates.items():
-        over = COMPARED.get(side)
-        ratio = median_ratio(found, rates[over]) if over else None
-        rows.append({"": side, "images/s": statistics.median(found), "compared with": over, "ratio": ratio})
+    found = in_turn({side: (lambda side=side: measure(side)) for side in SIDES}, options.repetitions)
+    default, semihard, usual_way = (list(zip(*rates)) for rates in found.values())
+    rows = [
+        {"": name, "images/s": statistics.median(rates), "compared with": over, "ratio": over and median_ratio(rates, under)}
+        for name, rates, over, under in (
+            ("default config", default[0], "its bare limit", default[1]),
+            ("its bare limit", default[1], None, None),
+            ("semi-hard, batch 512", semihard[0], "its bare limit, batch 512", semihard[1]),
+            ("its bare limit, batch 512", semihard[1], None, None),
+            ("the usual way, batch 512", usual_way[0], "semi-hard, batch 512", semihard[0]),
+        )
+    ]
     print(machine(), options.precision)
     show(rows, options.json)
 
