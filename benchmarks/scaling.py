@@ -4,7 +4,7 @@
     python -m benchmarks.scaling --images 10000 30000 --repetitions 1
 
 - data path: seconds of one epoch of augmented batches of 512; softmax regression: seconds of an epoch of `trainer.fit`;
-  both on CIFAR-10's training images, tiled, each with its exponent, and below 200,000 images the mean of several epochs.
+  both on CIFAR-10's training images, tiled, each with its exponent, and the mean of as many epochs as make a million.
 - encoder: milliseconds of a step of the default encoder on images in place, over batch and z_dim.
 - processes: images/s of `main.py fit` on the default encoder on one and on two processes of one thread each.
 """
@@ -47,8 +47,8 @@ class Tiled(InMemoryDataModule):
 
 
 def epochs(images: int) -> int:
-    """How many of them are timed together: one of 10,000 images takes a twentieth of a second."""
-    return max(1, 200_000 // images)
+    """How many of them are timed together: a million images at every size, so that none is shorter than the noise."""
+    return max(1, 1_000_000 // images)
 
 
 def loading(data: ImageSet, images: int) -> float:
