@@ -17,15 +17,16 @@ LARGEST = 8192  # of a larger batch, the first so many embeddings are measured
 class MiningMonitor(Callback):
     """Measures `pl_module.last_embeddings` in every so many steps of a fit, for TensorBoard and the progress bar.
 
-    `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none); `mining/ignored`: of
-    these, the share that semi-hard mining leaves out, their negative being nearer than the positive;
+    `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none);
+    `mining/misordered`: share whose negative is nearer than the positive, a half by chance; `mining/ignored`: the same among
+    the active ones, which semi-hard mining leaves out;
     `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n) (histograms: `mining/d_ap`, `mining/d_an`);
     `mining/norm`: mean norm of the embeddings; `mining/spread`: mean standard deviation of a dimension (histogram:
     `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong.
 
     Args:
         every_n_steps: steps between two measurements.
-        patience: measurements in a row that must find the same thing wrong (four times as many for `ignored`).
+        patience: measurements in a row that must find the same thing wrong (four times as many for `misordered` and `ignored`).
         stop: also stop the fit then.
     """
 
@@ -71,8 +72,8 @@ class MiningMonitor(Callback):
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
         self._times = {kind: self._times.get(kind, 0) + 1 for kind in found}
         for kind, what in found.items():
-            # What semi-hard mining leaves out is much at the start of every fit.
-            patience = self.patience * (4 if kind == "ignored" else 1)
+            # At the start of every fit many triplets are in the wrong order, and semi-hard mining leaves out as many.
+            patience = self.patience * (4 if kind in ("misordered", "ignored") else 1)
             if self._times[kind] < patience or kind in self._said:
                 continue
             self._said.add(kind)
@@ -91,10 +92,12 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
     positive, negative = pair_masks(labels)
     triplets = (positive.sum(1) * negative.sum(1)).sum()
     violating = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum()
+    misordered = active_counts(distances, labels, 0.0).clamp_min(0).sum() if loss.margin else violating
     histograms = {"d_ap": distances[positive], "d_an": distances[negative], "spread_by_dimension": z.std(0)}
     measured = {
         "triplets": triplets,
         "active": violating / triplets.clamp_min(1),
+        "misordered": misordered / triplets.clamp_min(1),
         "positive": distances[positive].sum() / positive.sum().clamp_min(1),
         "negative": distances[negative].sum() / negative.sum().clamp_min(1),
         "norm": z.norm(dim=1).mean(),
@@ -104,7 +107,7 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
         "effective_rank": effective_rank(z),
     }
     if getattr(loss, "triplets", None) == "semihard":
-        measured["ignored"] = active_counts(distances, labels, 0.0).clamp_min(0).sum() / violating.clamp_min(1)
+        measured["ignored"] = misordered / violating.clamp_min(1)
     return {name: float(value) for name, value in measured.items()}, histograms
 
 
@@ -139,6 +142,11 @@ def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[
         found["ignored"] = (
             f"semi-hard mining leaves out {measured['ignored']:.0%} of the triplets that violate the margin, whose negative is nearer"
             " than the positive: classes that lie on each other stay so; choose triplets: all, or PrototypicalLoss"
+        )
+    elif not found and measured["misordered"] > 0.35:
+        found["misordered"] = (
+            f"{measured['misordered']:.0%} of all triplets have the negative nearer than the positive, where chance gives a half:"
+            " the embeddings hardly tell classes apart; lower model.lr (or raise it, if it is tiny), or choose PrototypicalLoss"
         )
     if margin is not None and measured["active"] == 0:
         found["inactive"] = (

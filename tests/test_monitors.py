@@ -39,7 +39,7 @@ def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
     cli, said = fit("--model.lr=0.05")
     assert said == []
     events = EventAccumulator(str(tmp_path / "runs/triplet_encoder/version_0")).Reload()
-    names = ("active", "positive", "negative", "norm", "spread", "effective_rank")
+    names = ("active", "misordered", "positive", "negative", "norm", "spread", "effective_rank")
     assert {f"mining/{n}" for n in names} <= set(events.Tags()["scalars"])
     assert {"mining/d_ap", "mining/d_an", "mining/spread_by_dimension"} <= set(events.Tags()["histograms"])
     assert not set(events.Tags()["scalars"]) & set(events.Tags()["histograms"])  # TensorBoard shows a tag as one kind
@@ -74,6 +74,8 @@ def test_what_is_wrong_is_said_once_with_what_to_change(fit, options, words):
     [
         (["TripletMarginLoss", "triplets=all", "distance=EuclideanDistance", "distance.normalize=true"], "pinned at the margin 1"),
         (["SoftMarginTripletLoss", "triplets=random", "distance=CosineDistance"], "pinned at ln 2"),
+        (["LMNNLoss"], "hardly tell classes apart"),
+        (["MultiNegativeLoss"], "hardly tell classes apart"),
     ],
 )
 def test_labels_that_say_nothing_about_the_images(fit, tiny, loss, words):
@@ -107,7 +109,7 @@ def test_a_batch_of_one_class_is_said(tmp_path):
 
 
 def test_a_loss_that_passes_its_margin_on_the_way_down_is_not_pinned():
-    healthy = {"triplets": 9, "relative_spread": 1, "effective_rank": 5, "active": 0.3, "positive": 0.8, "negative": 1.2}
+    healthy = {"triplets": 9, "relative_spread": 1, "effective_rank": 5, "active": 0.3, "misordered": 0.2, "positive": 0.8, "negative": 1.2}
     assert diagnose(losses.TripletMarginLoss("hard", 0.5), healthy, 0.5) == {}
     assert "pinned" in diagnose(losses.TripletMarginLoss("hard", 0.5), {**healthy, "positive": 1.19}, 0.5)
 
@@ -128,6 +130,8 @@ def test_measured_share_of_active_triplets_is_a_count():
     triplets = [(a, p, n) for a in range(12) for p in range(12) for n in range(12)
                 if a != p and labels[a] == labels[p] and labels[a] != labels[n]]  # fmt: skip
     active = sum(bool(d[a, p] - d[a, n] + 0.5 > 0) for a, p, n in triplets)
+    misordered = sum(bool(d[a, p] > d[a, n]) for a, p, n in triplets)
+    assert measured["misordered"] == pytest.approx(misordered / len(triplets)) and misordered < active
     assert measured["triplets"] == len(triplets) and measured["active"] == pytest.approx(active / len(triplets))
     assert len(histograms["d_ap"]) + len(histograms["d_an"]) == 12 * 11
 
