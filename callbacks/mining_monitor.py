@@ -26,7 +26,8 @@ class MiningMonitor(Callback):
 
     Args:
         every_n_steps: steps between two measurements.
-        patience: measurements in a row that must find the same thing wrong (four times as many for `misordered` and `ignored`).
+        patience: measurements that must find the same thing wrong before it is said, each that does not taking one off
+            (four times as many for `misordered` and `ignored`).
         stop: also stop the fit then.
     """
 
@@ -35,7 +36,7 @@ class MiningMonitor(Callback):
             if value < 1:
                 raise InputError(f"MiningMonitor {name} {value}: must be at least 1")
         self.every_n_steps, self.patience, self.stop = every_n_steps, patience, stop
-        self._times: dict[str, int] = {}  # measurements in a row that found it
+        self._times: dict[str, int] = {}  # measurements that found it, less those that did not, never below 0
         self._said: set[str] = set()
         self._measured_at = 0
 
@@ -70,7 +71,9 @@ class MiningMonitor(Callback):
         self._judge(trainer, diagnose(pl_module.triplet_loss, measured, loss))
 
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
-        self._times = {kind: self._times.get(kind, 0) + 1 for kind in found}
+        # One measurement without it does not start its count anew: a batch is a small sample.
+        counts = {kind: self._times.get(kind, 0) + (1 if kind in found else -1) for kind in {*self._times, *found}}
+        self._times = {kind: n for kind, n in counts.items() if n > 0}
         for kind, what in found.items():
             # At the start of every fit many triplets are in the wrong order, and semi-hard mining leaves out as many.
             patience = self.patience * (4 if kind in ("misordered", "ignored") else 1)

@@ -1,7 +1,9 @@
 """What the monitors see in real fits, healthy and provoked."""
 
+import json
 import re
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 from conftest import CONFIGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.mining_monitor import diagnose, effective_rank, measure
+from callbacks.mining_monitor import MiningMonitor, diagnose, effective_rank, measure
 from lightning_modules import losses
 from main import main
 
@@ -100,6 +102,18 @@ def test_what_semihard_mining_leaves_out_is_said(fit):
     # A rate at which the classes stay on each other.
     _, said = fit("--model.loss=TripletMarginLoss", "--model.loss.triplets=semihard", *sphere, "--model.lr=1e-6", "--trainer.max_epochs=2")
     assert len(said) == 1 and "semi-hard mining leaves out" in said[0] and "choose triplets: all" in said[0]
+
+
+@pytest.mark.parametrize("seen, said_at", [("xxx", 3), ("xx.xx", 5), ("x.x.x.x.x.", None), ("xx...xx.", None)])
+def test_a_measurement_without_a_finding_takes_one_off(seen, said_at):
+    monitor, trainer = MiningMonitor(), SimpleNamespace(global_step=0, logger=None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for trainer.global_step, letter in enumerate(seen, 1):
+            monitor._judge(trainer, {"collapsed": "collapsed"} if letter == "x" else {})
+            monitor.load_state_dict(json.loads(json.dumps(monitor.state_dict())))  # resumed after every step
+        said = [str(w.message) for w in caught]
+    assert said == ([f"step {said_at}: collapsed"] if said_at else [])
 
 
 def test_a_batch_of_one_class_is_said(tmp_path):
