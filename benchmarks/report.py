@@ -112,12 +112,12 @@ def draw(runs: Runs) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     parts = {"regression": "pixels", "encoder": "encoders (accuracy within a batch)", "probe ": "probes"}
     for axes, (part, title) in zip(figure.subplots(1, 3), parts.items()):
-        for name, row in runs.found.items():
-            if part in name and "our probe" not in name:
-                axes.plot(*zip(*row["curve"]), label=name, lw=1)
+        names = [name for name in runs.found if part in name and "our probe" not in name]
+        for i, name in enumerate(names):  # two of a colour: the report's encoder dashed, ours solid
+            axes.plot(*zip(*runs.found[name]["curve"]), label=name, lw=1, color=f"C{i // 2}", ls="-" if i % 2 else "--")
         axes.set(xlabel="step", ylabel="validation accuracy", title=title)
         if axes.lines:
-            axes.legend(fontsize=6)
+            axes.legend(fontsize=6, framealpha=0.3)
     figure.savefig(runs.out / "curves.png", dpi=120)
 
 
