@@ -72,7 +72,7 @@ class MiningMonitor(Callback):
 
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
         # One measurement without it does not start its count anew: a batch is a small sample.
-        counts = {kind: self._times.get(kind, 0) + (1 if kind in found else -1) for kind in {*self._times, *found}}
+        counts = {kind: self._times.get(kind, 0) + (1 if kind in found else -1) for kind in self._times | found}
         self._times = {kind: n for kind, n in counts.items() if n > 0}
         for kind, what in found.items():
             # At the start of every fit many triplets are in the wrong order, and semi-hard mining leaves out as many.
