@@ -78,9 +78,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tensorboard(ladder):
-    """The address of a TensorBoard on the runs."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(ladder), "--port", "0", "--host", "127.0.0.1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    """The address of a TensorBoard on one seed's runs: of more than 40 it shows no curve or picture until they are ticked."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "seed_0", "--port", "0", "--host", "127.0.0.1"]
+    process = subprocess.Popen(command, cwd=ladder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
         for line in process.stderr:
             if address := re.search(r"http://127\.0\.0\.1:\d+", line):
