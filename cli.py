@@ -125,7 +125,9 @@ class CLI(LightningCLI):
         self.runs = Path(logger.init_args.save_dir) / logger.init_args.name if named else Path("runs")
         for path in (self.runs, *self.runs.parents):
             if path.exists() and not path.is_dir():
-                raise InputError(f"{path}: not a folder, and the run's folder is to lie in it; give --trainer.logger.save_dir")
+                raise InputError(
+                    f"{path}: not a folder, and the run's folder is to lie in it; give --trainer.logger.save_dir"
+                )
         self.checkpoint = None
         if config.ckpt_path is not None:
             prefer = "start" if command == "fit" else "best"
@@ -203,19 +205,25 @@ class CLI(LightningCLI):
             return self._say(f"fit ended; without a logger {written}")
         lines = [f"{run}: checkpoints, curves.png, metrics.csv, TensorBoard events"]
         if saved is not None and saved.best_model_score is not None:
-            lines.append(f"Best: {Path(saved.best_model_path).name}, {saved.monitor} {float(saved.best_model_score):.4f}")
+            lines.append(
+                f"Best: {Path(saved.best_model_path).name}, {saved.monitor} {float(saved.best_model_score):.4f}"
+            )
         if hasattr(self.model, "triplet_loss"):
             following = f"fit --config configs/linear_probe.yaml{data} --frozen_encoder.run {run}"
         else:
             following = f"test --config {run}/config.yaml --ckpt_path {run}"
-        self._say("\n".join([*lines, f"Next: python main.py {following}", f"Look: tensorboard --logdir {self.runs.parent}"]))
+        self._say(
+            "\n".join([*lines, f"Next: python main.py {following}", f"Look: tensorboard --logdir {self.runs.parent}"])
+        )
 
     def after_validate(self) -> None:
         self._say(f"{self._folder}: config and TensorBoard events of this validation")
 
     def after_test(self) -> None:
         run = run_folder(self.checkpoint) or self._folder
-        self._say(f"{self._folder}: report.html, config and TensorBoard events of this test. Look: tensorboard --logdir {run}")
+        self._say(
+            f"{self._folder}: report.html, config and TensorBoard events of this test. Look: tensorboard --logdir {run}"
+        )
 
     def after_predict(self) -> None:
         self._say(f"{self._folder}/predictions.csv")

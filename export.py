@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder, write_atomically
 from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256, import_encoder_module
 from errors import InputError, first_line
-from lightning_modules.encoders import Encoder, view, view_list
+from lightning_modules.encoders.contract import Encoder, view, view_list
 
 import_module("datamodules")  # whose classes a run's config may name without their package
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
@@ -70,9 +70,13 @@ def _head(weights: dict[str, Tensor]) -> nn.Module | None:
 
 def export(args: list[str] | None = None) -> Path:
     """Exports and verifies; returns the file. Raises InputError for bad input."""
-    parser = argparse.ArgumentParser("main.py export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "main.py export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.error = lambda message: (_ for _ in ()).throw(InputError(message))
-    parser.add_argument("--ckpt_path", required=True, help="run folder (its best checkpoint by validation) or checkpoint file")
+    parser.add_argument(
+        "--ckpt_path", required=True, help="run folder (its best checkpoint by validation) or checkpoint file"
+    )
     parser.add_argument("--format", required=True, choices=SUFFIXES)
     parser.add_argument("--features", action="store_true", help="of a run with a classifier, export the encoder alone")
     parser.add_argument("--output", type=Path, help="file to write (default: export/ in the run's folder)")
@@ -108,8 +112,12 @@ def export(args: list[str] | None = None) -> Path:
     difference = float((written - expected).abs().max())
     if not difference <= TOLERANCE:
         file.unlink()
-        raise InputError(f"{file}: differs from the run by {difference:.1e} on its images and was removed; give another --format")
-    print(f"{file}: {metadata['gives']} {tuple(expected.shape[1:])}, largest difference {difference:.1e} on {len(images)} images")
+        raise InputError(
+            f"{file}: differs from the run by {difference:.1e} on its images and was removed; give another --format"
+        )
+    print(
+        f"{file}: {metadata['gives']} {tuple(expected.shape[1:])}, largest difference {difference:.1e} on {len(images)} images"
+    )
     return file
 
 
@@ -123,9 +131,13 @@ def _validation_images(config: Path, root: str | None) -> Tensor:
         parser.add_subclass_arguments(LightningDataModule, "data")
         images = parser.instantiate_classes(parser.parse_object({"data": data})).data.split("val").images
     except InputError as error:
-        raise InputError(f"{error}; the run's validation images are needed to verify the export: give --data_root") from error
+        raise InputError(
+            f"{error}; the run's validation images are needed to verify the export: give --data_root"
+        ) from error
     except (OSError, yaml.YAMLError, ArgumentError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{config}: does not say which data the run had ({first_line(error)}); export from its run folder") from error
+        raise InputError(
+            f"{config}: does not say which data the run had ({first_line(error)}); export from its run folder"
+        ) from error
     return images[:VERIFIED].permute(0, 3, 1, 2).float() / 255
 
 

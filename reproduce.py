@@ -39,7 +39,9 @@ REPORT = {
 }
 # Whose training the row of `draw_costs` counts besides its own.
 ENCODERS = {
-    **dict.fromkeys(("triplet_encoder_linear_probe", "triplet_encoder_mlp_probe", "fine_tuned_encoder"), "triplet_encoder_knn"),
+    **dict.fromkeys(
+        ("triplet_encoder_linear_probe", "triplet_encoder_mlp_probe", "fine_tuned_encoder"), "triplet_encoder_knn"
+    ),
     "supervised_encoder_linear_probe": "supervised_encoder",
 }
 # 1,077 digits are two batches of 512, so that batches shrink and epochs grow in number.
@@ -67,12 +69,16 @@ class Ladder:
             "logistic_regression": lambda: self._classifier("logistic_regression"),
             "softmax_regression": lambda: self._classifier("softmax_regression"),
             "triplet_encoder_knn": self._triplet_encoder,
-            "random_encoder_linear_probe": lambda: self._probe("linear_probe", "random_encoder", checkpoint="step0.ckpt"),
+            "random_encoder_linear_probe": lambda: self._probe(
+                "linear_probe", "random_encoder", checkpoint="step0.ckpt"
+            ),
             "triplet_encoder_linear_probe": lambda: self._probe("linear_probe", "linear_probe"),
             "triplet_encoder_mlp_probe": lambda: self._probe("mlp_probe", "mlp_probe"),
             "fine_tuned_encoder": lambda: self._probe("fine_tune", "fine_tune"),
             "supervised_encoder": lambda: self._classifier("supervised_encoder"),
-            "supervised_encoder_linear_probe": lambda: self._probe("linear_probe", "supervised_probe", "supervised_encoder"),
+            "supervised_encoder_linear_probe": lambda: self._probe(
+                "linear_probe", "supervised_probe", "supervised_encoder"
+            ),
         }.items():
             if stage in rows:
                 print(f"[seed {self.seed}] {stage}: finished before", flush=True)
@@ -82,7 +88,10 @@ class Ladder:
             val, test = function()
             seconds = self.finished_before + time.monotonic() - start
             rows[stage] = {"val": val, "test": test, "seconds": seconds, "fit_seconds": self.fit_seconds}
-            print(f"[seed {self.seed}] {stage}: val {val:.4f}, test {test:.4f}, {rows[stage]['seconds']:.0f} s", flush=True)
+            print(
+                f"[seed {self.seed}] {stage}: val {val:.4f}, test {test:.4f}, {rows[stage]['seconds']:.0f} s",
+                flush=True,
+            )
             _write(self.rows_file, json.dumps(rows, indent=1))
         return rows
 
@@ -115,7 +124,9 @@ class Ladder:
         self._fit("triplet_encoder", "triplet_encoder")
         return self._evaluate("triplet_encoder", "triplet_encoder", "knn_accuracy")
 
-    def _probe(self, config: str, name: str, of: str = "triplet_encoder", checkpoint: str | None = None) -> tuple[float, float]:
+    def _probe(
+        self, config: str, name: str, of: str = "triplet_encoder", checkpoint: str | None = None
+    ) -> tuple[float, float]:
         run = newest_finished(self.out / of)
         encoder = run / "checkpoints" / checkpoint if checkpoint else run
         self._fit(config, name, f"--frozen_encoder.run={encoder}")
@@ -160,7 +171,10 @@ def write_results(rows: list[dict], out: Path, title: str, command: str) -> None
     parts = [
         table(head, cells),
         figure(out / "results.png", "Test accuracy of every stage, a bar each; diamonds: what the report states"),
-        figure(out / "cost.png", "Test accuracy over the seconds it took, a point for each stage, the encoder's fit included"),
+        figure(
+            out / "cost.png",
+            "Test accuracy over the seconds it took, a point for each stage, the encoder's fit included",
+        ),
         *([figure(tsne, features)] if tsne.is_file() else []),
         "<h2>Stages</h2>",
         *(f"<h3>{config}</h3><pre>{html.escape((CONFIGS / f'{config}.yaml').read_text())}</pre>" for config in DIGITS),
@@ -192,7 +206,13 @@ def draw_costs(rows: list[dict], title: str) -> Figure:
         seconds = r["fit_seconds"] + fits.get(ENCODERS.get(r["stage"]), 0)
         style = {"color": f"C{k}", "marker": "osD^vP*X<"[k % 9], "linestyle": "none", "markersize": 8}
         axes.errorbar(seconds, r["test_accuracy"], yerr=r["test_std"] or 0, label=r["stage"].replace("_", " "), **style)
-    axes.set(xscale="log", xlabel="seconds of training, the encoder's included", ylabel="test accuracy", ylim=(0, 1), title=title)
+    axes.set(
+        xscale="log",
+        xlabel="seconds of training, the encoder's included",
+        ylabel="test accuracy",
+        ylim=(0, 1),
+        title=title,
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     axes.grid(alpha=0.3)
     return drawn

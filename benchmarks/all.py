@@ -1,7 +1,7 @@
 """Runs the benchmarks one after the other and writes what they print to benchmarks/RESULTS.md, and JSON to --out.
 
-    pip install -e '.[benchmarks]' && python -m benchmarks.all          # on an idle machine
-    python -m benchmarks.all startup probe                              # these alone; the others keep their results
+pip install -e '.[benchmarks]' && python -m benchmarks.all          # on an idle machine
+python -m benchmarks.all startup probe                              # these alone; the others keep their results
 """
 
 import argparse
@@ -29,10 +29,16 @@ def main() -> None:
     sections = dict(part.split("\n", 1) for part in RESULTS.read_text().split("\n## ")[1:]) if RESULTS.is_file() else {}
     for name in options.names or NAMES:
         print(f"{name} …", flush=True)
-        needs_data = ["--data-dir", options.data_dir] if name in ("training", "probe", "regression", "scaling", "inspection") else []
+        needs_data = (
+            ["--data-dir", options.data_dir]
+            if name in ("training", "probe", "regression", "scaling", "inspection")
+            else []
+        )
         command = ["-m", f"benchmarks.{name}", *needs_data]
         given = [*command, "--json", str(options.out / f"{name}.json")]
-        printed = subprocess.run([sys.executable, *given], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        printed = subprocess.run(
+            [sys.executable, *given], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout.splitlines()
         first = next(i for i, line in enumerate(printed) if line.startswith("| "))
         says = next(line for line in reversed(printed[:first]) if line)  # machine and versions
         table = [line for line in printed[first:] if line.startswith("|") or line.startswith("ratio")]

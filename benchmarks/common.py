@@ -70,4 +70,10 @@ def _cell(value) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 0.1 or abs(value) >= 10 else f"{value:.4f}"
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 1000
+        else f"{value:.3g}"
+        if abs(value) < 0.1 or abs(value) >= 10
+        else f"{value:.4f}"
+    )

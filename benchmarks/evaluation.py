@@ -79,9 +79,15 @@ def main() -> None:
         return time.perf_counter() - start
 
     def metric_learning() -> float:
-        names = {"precision_at_1": "precision_at_1", "r_precision": "r_precision", "mean_average_precision_at_r": "map_at_r"}
+        names = {
+            "precision_at_1": "precision_at_1",
+            "r_precision": "r_precision",
+            "mean_average_precision_at_r": "map_at_r",
+        }
         knn = CustomKNN(CosineSimilarity(), batch_size=700)
-        calculator = AccuracyCalculator(include=tuple(names), k="max_bin_count", knn_func=knn, device=torch.device("cpu"))
+        calculator = AccuracyCalculator(
+            include=tuple(names), k="max_bin_count", knn_func=knn, device=torch.device("cpu")
+        )
         start = time.perf_counter()
         values = calculator.get_accuracy(x, y, bank, bank_labels, ref_includes_query=False)
         found["pytorch-metric-learning, three"] = {ours: values[theirs] for theirs, ours in names.items()}

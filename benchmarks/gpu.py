@@ -210,7 +210,9 @@ def small(options: argparse.Namespace, folder: Path) -> argparse.Namespace:
     """The first few hundred images, in a folder of their own."""
     for split, count in (("train", 450), ("test", 60)):
         data = read_npz(Path(options.data_dir) / f"cifar10_{split}.npz", 10)
-        np.savez(folder / f"cifar10_{split}.npz", images=data.images[:count].numpy(), labels=data.labels[:count].numpy())
+        np.savez(
+            folder / f"cifar10_{split}.npz", images=data.images[:count].numpy(), labels=data.labels[:count].numpy()
+        )
     options.data_dir = folder
     return options
 
@@ -236,7 +238,9 @@ def report(options: argparse.Namespace) -> None:
     for variant, found in rates.items():
         median = statistics.median(found)
         ratio = median_ratio(found, rates["as it is"])
-        rows.append({"recipe 95": variant, "images/s": median, "÷ as it is": ratio, "of the matmul's FLOP/s": median * share})
+        rows.append(
+            {"recipe 95": variant, "images/s": median, "÷ as it is": ratio, "of the matmul's FLOP/s": median * share}
+        )
     show(rows, options.json)
 
 

@@ -34,9 +34,14 @@ def main() -> None:
     for action, durations in trainer.profiler.recorded_durations.items():
         if action.startswith("[Callback]"):
             seconds[action.removeprefix("[Callback]").split(".")[0].split("{")[0]] += sum(durations)
-    rows = [{"": name, "seconds": seconds[name], "of the fit": seconds[name] / whole} for name in LOOKING if name in seconds]
+    rows = [
+        {"": name, "seconds": seconds[name], "of the fit": seconds[name] / whole} for name in LOOKING if name in seconds
+    ]
     total = sum(row["seconds"] for row in rows)
-    rows += [{"": "all of these", "seconds": total, "of the fit": total / whole}, {"": "the fit", "seconds": whole, "of the fit": 1.0}]
+    rows += [
+        {"": "all of these", "seconds": total, "of the fit": total / whole},
+        {"": "the fit", "seconds": whole, "of the fit": 1.0},
+    ]
     print(machine(), trainer.precision, f"event file {events:.1f} MiB")
     show(rows, options.json)
 

@@ -20,7 +20,6 @@ from pytorch_metric_learning import losses as peers
 from pytorch_metric_learning import miners
 
 from benchmarks.common import arguments, exponent, machine, median_ratio, show
-from lightning_modules.distances import EuclideanDistance
 from lightning_modules.losses import (
     LMNNLoss,
     MultiNegativeLoss,
@@ -30,6 +29,7 @@ from lightning_modules.losses import (
     SupConLoss,
     TripletMarginLoss,
 )
+from lightning_modules.losses.distances import EuclideanDistance
 
 MARGIN, CLASSES, WIDTH = 0.2, 10, 128
 SPHERE = EuclideanDistance(normalize=True)
@@ -41,7 +41,10 @@ def pairs():
     semihard, hard = miners.TripletMarginMiner(MARGIN, type_of_triplets="semihard"), miners.BatchHardMiner()
     return {
         "triplet margin, all": (TripletMarginLoss("all", MARGIN, SPHERE), margin),
-        "triplet margin, semihard": (TripletMarginLoss("semihard", MARGIN, SPHERE), lambda z, y: margin(z, y, semihard(z, y))),
+        "triplet margin, semihard": (
+            TripletMarginLoss("semihard", MARGIN, SPHERE),
+            lambda z, y: margin(z, y, semihard(z, y)),
+        ),
         "triplet margin, hard": (TripletMarginLoss("hard", MARGIN, SPHERE), lambda z, y: margin(z, y, hard(z, y))),
         "triplet margin, random": (TripletMarginLoss("random", MARGIN, SPHERE), None),
         "soft margin, hard": (SoftMarginTripletLoss("hard", SPHERE), lambda z, y: soft(z, y, hard(z, y))),
@@ -113,7 +116,9 @@ def main() -> None:
                 try:
                     row["theirs, MiB"] = peak_mib(lambda: found.update(theirs=step(theirs, z, labels)))
                 except (RuntimeError, MemoryError) as error:
-                    print(f"{name}: pytorch-metric-learning does not fit at B = {size} ({str(error).splitlines()[0][:120]})")
+                    print(
+                        f"{name}: pytorch-metric-learning does not fit at B = {size} ({str(error).splitlines()[0][:120]})"
+                    )
                     too_large.add(name)
                     theirs = None
             if theirs:

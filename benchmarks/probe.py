@@ -34,7 +34,9 @@ FACTORS = [0.1, 0.3, 1.0, 3.0], [0.0, 1.0, 10.0, 100.0]
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--encoder", help="run folder or checkpoint (default: of the default encoder, trained here for an epoch)")
+    parser.add_argument(
+        "--encoder", help="run folder or checkpoint (default: of the default encoder, trained here for an epoch)"
+    )
     images = "of the training file for cached and grid, 5,000 of them for validation (default: %(default)s)"
     parser.add_argument("--images", type=int, default=15_000, help=images)
     parser.add_argument("--only", choices=["cached", "optimum", "grid"])
@@ -43,7 +45,11 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         data = read_npz(Path(options.data_dir) / "cifar10_train.npz", 10)
-        np.savez(f"{folder}/cifar10_train.npz", images=data.images[: options.images].numpy(), labels=data.labels[: options.images].numpy())
+        np.savez(
+            f"{folder}/cifar10_train.npz",
+            images=data.images[: options.images].numpy(),
+            labels=data.labels[: options.images].numpy(),
+        )
         small = [f"--data.root={folder}", f"--trainer.logger.save_dir={folder}/part"]
         if options.images < 10_000:
             small.append("--data.val_size=1000")
@@ -58,7 +64,12 @@ def main() -> None:
             return command(["fit", *one]).trainer.logger.log_dir
 
         def fit(*more: str):
-            given = ["--config", str(CONFIGS / "linear_probe.yaml"), "--trainer.callbacks+=benchmarks.training.Clock", *more]
+            given = [
+                "--config",
+                str(CONFIGS / "linear_probe.yaml"),
+                "--trainer.callbacks+=benchmarks.training.Clock",
+                *more,
+            ]
             last["cli"] = cli = command(["fit", *given])
             clock = next(c for c in cli.trainer.callbacks if type(c).__name__ == "Clock")
             seconds = json.loads((Path(cli.trainer.logger.log_dir) / FINISHED).read_text())["seconds"]
@@ -97,7 +108,11 @@ def main() -> None:
             return seconds
 
         def one_by_one() -> float:
-            each = [(f"--model.lr={0.01 * lr}", f"--model.weight_decay={1e-4 * decay}") for lr in FACTORS[0] for decay in FACTORS[1]]
+            each = [
+                (f"--model.lr={0.01 * lr}", f"--model.weight_decay={1e-4 * decay}")
+                for lr in FACTORS[0]
+                for decay in FACTORS[1]
+            ]
             found = [fit(*given, *options)[1:] for options in each]
             accuracy["16 fits"] = max(a for _, a in found)
             return sum(seconds for seconds, _ in found)
@@ -106,10 +121,22 @@ def main() -> None:
             grids = in_turn({"grid of 16": grid, "16 fits": one_by_one}, options.repetitions)
 
     rows = []
-    for times, what, under in ((whole, "whole fit", cached), (alone, "optimisation, all images", "our probe"), (grids, "optimisation", "grid of 16")):
+    for times, what, under in (
+        (whole, "whole fit", cached),
+        (alone, "optimisation, all images", "our probe"),
+        (grids, "optimisation", "grid of 16"),
+    ):
         for name, seconds in times.items():
             ratio = median_ratio(seconds, times[under])
-            rows.append({"": name, "of": what, "seconds": statistics.median(seconds), "÷ ours": ratio, "validation": accuracy.get(name)})
+            rows.append(
+                {
+                    "": name,
+                    "of": what,
+                    "seconds": statistics.median(seconds),
+                    "÷ ours": ratio,
+                    "validation": accuracy.get(name),
+                }
+            )
     print(machine(), f"{options.images:,} images, {options.epochs} epochs (optimisation, all images: as configured)")
     show(rows, options.json)
 

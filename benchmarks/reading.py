@@ -19,12 +19,14 @@ from callbacks.frozen_encoder import encoder_from_checkpoint
 from datamodules import CIFAR10DataModule
 from datamodules.arrays import ImageSet
 from datamodules.loader import BatchLoader
-from lightning_modules.encoders import Encoder, view, view_list
+from lightning_modules.encoders.contract import Encoder, view, view_list
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", nargs="+", required=True, help="run folders or checkpoints of configs/triplet_encoder.yaml")
+    parser.add_argument(
+        "--encoder", nargs="+", required=True, help="run folders or checkpoints of configs/triplet_encoder.yaml"
+    )
     parser.add_argument("--data-dir", default="data", help="folder with cifar10_train.npz (default: %(default)s)")
     options = parser.parse_args()
 
@@ -63,7 +65,10 @@ def read(encoder: Encoder, head: Tensor, images: ImageSet, views: list[tuple[boo
 def places(encoder: Encoder, head: Tensor, images: Tensor) -> dict[str, Tensor]:
     second: list[Tensor] = []
     third: list[Tensor] = []
-    hooks = [encoder.blocks[i].register_forward_hook(lambda *args, to=to: to.append(args[2])) for i, to in ((1, second), (2, third))]
+    hooks = [
+        encoder.blocks[i].register_forward_hook(lambda *args, to=to: to.append(args[2]))
+        for i, to in ((1, second), (2, third))
+    ]
     features = encoder(images)
     for hook in hooks:
         hook.remove()

@@ -82,7 +82,10 @@ STUDIES = {
     },
     "averaging": {
         "the last weights (default)": [],
-        "mean of the weights, decay 0.99": ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.99"],
+        "mean of the weights, decay 0.99": [
+            "--trainer.callbacks+=EMAWeightAveraging",
+            "--trainer.callbacks.decay=0.99",
+        ],
         "decay 0.998": ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.998"],
     },
     "batch": {  # the rate grows with the batch's square root
@@ -125,8 +128,12 @@ def main() -> None:
     parser.add_argument("studies", choices=STUDIES, nargs="+")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates (losses: 0.1 0.5 0.02; else the config's)")
-    parser.add_argument("--also", nargs="+", default=[], help="more options of every fit, e.g. model.loss=MultiNegativeLoss")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="learning rates (losses: 0.1 0.5 0.02; else the config's)"
+    )
+    parser.add_argument(
+        "--also", nargs="+", default=[], help="more options of every fit, e.g. model.loss=MultiNegativeLoss"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"))
     options = parser.parse_args()
@@ -143,13 +150,19 @@ def table(study: str, options: argparse.Namespace) -> str:
     for seed in range(options.seeds):
         for rate in rates:
             for name, overrides in STUDIES[study].items():
-                given = [*(f"--{o}" for o in options.also), *overrides, *([] if rate is None else [f"--model.lr={rate}"])]
+                given = [
+                    *(f"--{o}" for o in options.also),
+                    *overrides,
+                    *([] if rate is None else [f"--model.lr={rate}"]),
+                ]
                 key = f"{' '.join(given) or 'default'} | {options.epochs} epochs | seed {seed}"
                 if key not in found:
                     found[key] = run(options.out / f"fit_{len(found)}", options.data_dir, given, seed, options.epochs)
                     file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
                 row = found[key]
-                cells.setdefault((name, rate), []).append(f"{row['val_accuracy']:.4f}" + " (warned)" * bool(row["said"]))
+                cells.setdefault((name, rate), []).append(
+                    f"{row['val_accuracy']:.4f}" + " (warned)" * bool(row["said"])
+                )
                 said += [f"- {name}, lr {rate or 'as configured'}, seed {seed}: {sentence}" for sentence in row["said"]]
     head = f"\n| {study} | {' | '.join('lr ' + str(r or 'as configured') for r in rates)} |\n|---|{'---|' * len(rates)}"
     body = [f"| {name} | {' | '.join(' / '.join(cells[name, rate]) for rate in rates)} |" for name in STUDIES[study]]

@@ -44,7 +44,11 @@ def main() -> None:
 
     def fit():
         with tempfile.TemporaryDirectory() as folder:
-            given = [f"--data.root={options.data_dir}", f"--trainer.logger.save_dir={folder}", f"--trainer.max_epochs={options.epochs}"]
+            given = [
+                f"--data.root={options.data_dir}",
+                f"--trainer.logger.save_dir={folder}",
+                f"--trainer.max_epochs={options.epochs}",
+            ]
             added = ["--trainer.callbacks+=benchmarks.regression.Losses"]
             cli = command(["fit", "--config", str(CONFIG), *given, *added])
         return cli, next(c for c in cli.trainer.callbacks if type(c).__name__ == "Losses").curve
@@ -73,7 +77,12 @@ def main() -> None:
     seconds = in_turn(sides, options.repetitions)
     lowest = {"ours": min(loss for _, loss in curve), name: min(peers.values())}
     rows = [
-        {"": side, "seconds": statistics.median(times), "÷ ours": median_ratio(times, seconds["ours"]), "lowest val/loss": lowest[side]}
+        {
+            "": side,
+            "seconds": statistics.median(times),
+            "÷ ours": median_ratio(times, seconds["ours"]),
+            "lowest val/loss": lowest[side],
+        }
         for side, times in seconds.items()
     ]
     print(machine(), f"to a validation loss of {target:.4f}")

@@ -38,8 +38,20 @@ LINEAR_PROBES = {  # batch, steps → what the report printed
 }
 NN_PROBES = {(32, 100): 0.875, (64, 100): 0.84375, (32, 200): 0.71875}
 # Plain SGD, clipped gradients, ½λ‖W‖², pixels as they are: the report's options.
-PLAIN = ["--model.optimizer=sgd", "--model.momentum=0", "--model.schedule=constant", "--data.flip=false", "--data.translate=0"]
-THEIR_PROBE = [*PLAIN, "--model.lr=1e-3", "--model.weight_decay=0", "--model.l2_lambda=5e-4", "--trainer.gradient_clip_val=10"]
+PLAIN = [
+    "--model.optimizer=sgd",
+    "--model.momentum=0",
+    "--model.schedule=constant",
+    "--data.flip=false",
+    "--data.translate=0",
+]
+THEIR_PROBE = [
+    *PLAIN,
+    "--model.lr=1e-3",
+    "--model.weight_decay=0",
+    "--model.l2_lambda=5e-4",
+    "--trainer.gradient_clip_val=10",
+]
 THEIR_CLASSIFIER = [*PLAIN, "--model.lr=5e-3", "--model.l2_lambda=1e-3", "--trainer.gradient_clip_val=4"]
 THEIR_ENCODER = [
     "--model.encoder=ReportEncoder", "--model.z_dim=null", "--model.loss=TripletMarginLoss", "--model.optimizer=adam",
@@ -67,14 +79,18 @@ class Runs:
             cli = command(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *options, *more])
             run = Path(cli.trainer.logger.log_dir)
             with (run / "metrics.csv").open(newline="") as file:
-                rows = [(int(r["step"]), float(r["val/accuracy"])) for r in csv.DictReader(file) if r.get("val/accuracy")]
+                rows = [
+                    (int(r["step"]), float(r["val/accuracy"])) for r in csv.DictReader(file) if r.get("val/accuracy")
+                ]
             self.found[name] = {"run": str(run), "accuracy": max(a for _, a in rows), "curve": rows}
             self.file.write_text(json.dumps(self.found, indent=1, ensure_ascii=False) + "\n")
         return self.found[name]["accuracy"]
 
     def probe(self, encoder: str) -> float:
         """Our linear probe, as shipped, on the encoder of that run."""
-        return self.fit(f"{encoder}: our probe", "linear_probe", 512, 1740, f"--frozen_encoder.run={self.found[encoder]['run']}")
+        return self.fit(
+            f"{encoder}: our probe", "linear_probe", 512, 1740, f"--frozen_encoder.run={self.found[encoder]['run']}"
+        )
 
 
 def classifiers(runs: Runs) -> None:
@@ -85,7 +101,9 @@ def classifiers(runs: Runs) -> None:
 
 
 def encoders(runs: Runs) -> None:
-    print("\n| figure | batch | iterations | report's network, random triplets | our default encoder |\n|---|---|---|---|---|")
+    print(
+        "\n| figure | batch | iterations | report's network, random triplets | our default encoder |\n|---|---|---|---|---|"
+    )
     for figure, (batch, steps) in ENCODERS.items():
         theirs, ours = f"figure {figure}, report's encoder", f"figure {figure}, our encoder"
         runs.fit(theirs, "triplet_encoder", batch, steps, *THEIR_ENCODER)
@@ -94,13 +112,23 @@ def encoders(runs: Runs) -> None:
 
 
 def probes(runs: Runs, encoder: str) -> None:
-    print("\n| probe | batch | iterations | report (random features) | its options, our encoder |\n|---|---|---|---|---|")
+    print(
+        "\n| probe | batch | iterations | report (random features) | its options, our encoder |\n|---|---|---|---|---|"
+    )
     frozen = f"--frozen_encoder.run={encoder}"
     for (batch, steps), report in LINEAR_PROBES.items():
         accuracy = runs.fit(f"linear probe {batch} x {steps}", "linear_probe", batch, steps, frozen, *THEIR_PROBE)
         print(f"| linear | {batch} | {steps} | {cell(report)} | {accuracy:.4f} |", flush=True)
     for (batch, steps), report in NN_PROBES.items():
-        accuracy = runs.fit(f"NN probe {batch} x {steps}", "mlp_probe", batch, steps, frozen, "--model.schedule=constant", "--model.lr=1e-3")
+        accuracy = runs.fit(
+            f"NN probe {batch} x {steps}",
+            "mlp_probe",
+            batch,
+            steps,
+            frozen,
+            "--model.schedule=constant",
+            "--model.lr=1e-3",
+        )
         print(f"| NN | {batch} | {steps} | {cell(report)} | {accuracy:.4f} |", flush=True)
 
 

@@ -66,8 +66,15 @@ def loading(data: ImageSet, images: int) -> float:
 def regression(data: ImageSet, images: int) -> float:
     gc.collect()  # a trainer and its module hold each other, and with them the images of the fit before
     clock, module = Clock(), SoftmaxRegression(lr=0.01)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_epochs=epochs(images), limit_val_batches=0, callbacks=[clock], **quiet).fit(module, datamodule=Tiled(data, images))
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    Trainer(accelerator="cpu", max_epochs=epochs(images), limit_val_batches=0, callbacks=[clock], **quiet).fit(
+        module, datamodule=Tiled(data, images)
+    )
     return (clock.times[-1] - clock.times[0]) * len(clock.times) / (len(clock.times) - 1) / epochs(images)
 
 
@@ -116,20 +123,40 @@ def main() -> None:
         found = in_turn({n: (lambda n=n: measure(data, n)) for n in options.images}, options.repetitions)
         seconds = {n: statistics.median(s) for n, s in found.items()}
         slope = exponent(list(seconds), list(seconds.values()))
-        rows += [{"": name, "size": f"{n:,} images", "cost": s, "unit": "s", "exponent or ratio": slope} for n, s in seconds.items()]
-    for name, sizes in (("batch", [(b, 128) for b in (128, 256, 512, 1024)]), ("z_dim", [(256, z) for z in (32, 128, 512)])):
+        rows += [
+            {"": name, "size": f"{n:,} images", "cost": s, "unit": "s", "exponent or ratio": slope}
+            for n, s in seconds.items()
+        ]
+    for name, sizes in (
+        ("batch", [(b, 128) for b in (128, 256, 512, 1024)]),
+        ("z_dim", [(256, z) for z in (32, 128, 512)]),
+    ):
         found = in_turn({size: (lambda size=size: step(*size)) for size in sizes}, options.repetitions)
         cost = {size: statistics.median(ms) for size, ms in found.items()}
         slope = exponent([size[name == "z_dim"] for size in sizes], list(cost.values()))
         rows += [
-            {"": f"encoder step over {name}", "size": f"B {b}, z_dim {z}", "cost": ms, "unit": "ms", "exponent or ratio": slope}
+            {
+                "": f"encoder step over {name}",
+                "size": f"B {b}, z_dim {z}",
+                "cost": ms,
+                "unit": "ms",
+                "exponent or ratio": slope,
+            }
             for (b, z), ms in cost.items()
         ]
     rates = in_turn({n: (lambda n=n: on_processes(n, options)) for n in (1, 2)}, options.repetitions)
     for n, found in rates.items():
         efficiency = median_ratio(found, rates[1]) / n
         size = f"{n} process{'es' * (n > 1)}"
-        rows.append({"": "encoder, a thread each", "size": size, "cost": statistics.median(found), "unit": "images/s", "exponent or ratio": efficiency})
+        rows.append(
+            {
+                "": "encoder, a thread each",
+                "size": size,
+                "cost": statistics.median(found),
+                "unit": "images/s",
+                "exponent or ratio": efficiency,
+            }
+        )
     print(machine())
     show(rows, options.json)
 

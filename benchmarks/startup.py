@@ -1,6 +1,6 @@
 """How long a command takes before it works, beside the import of pytorch_lightning alone: whole processes, in turn.
 
-    python -m benchmarks.startup
+python -m benchmarks.startup
 """
 
 import statistics
@@ -19,7 +19,12 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     config = ["--config", str(CONFIGS / "softmax_regression.yaml"), "--data=DigitsDataModule"]
     with tempfile.TemporaryDirectory() as folder:
-        step = [*config, "--trainer.max_steps=1", "--trainer.limit_val_batches=0", f"--trainer.logger.save_dir={folder}"]
+        step = [
+            *config,
+            "--trainer.max_steps=1",
+            "--trainer.limit_val_batches=0",
+            f"--trainer.logger.save_dir={folder}",
+        ]
         commands = {
             "import pytorch_lightning": ["-c", "import pytorch_lightning"],
             "main.py --version": [str(MAIN), "--version"],
@@ -35,7 +40,10 @@ def main() -> None:
 
         seconds = in_turn({name: (lambda c=c: measure(c)) for name, c in commands.items()}, options.repetitions)
     base = seconds["import pytorch_lightning"]
-    rows = [{"": name, "seconds": statistics.median(s), "÷ the import": median_ratio(s, base)} for name, s in seconds.items()]
+    rows = [
+        {"": name, "seconds": statistics.median(s), "÷ the import": median_ratio(s, base)}
+        for name, s in seconds.items()
+    ]
     print(machine())
     show(rows, options.json)
 

@@ -79,7 +79,11 @@ class BesideBareLimit(Callback):
 def ours(options: argparse.Namespace, *more: str) -> tuple[float, float]:
     """Images/s of the fit, and of its bare limit."""
     with tempfile.TemporaryDirectory() as folder:
-        given = [f"--data.root={options.data_dir}", f"--trainer.logger.save_dir={folder}", f"--trainer.max_steps={options.steps}"]
+        given = [
+            f"--data.root={options.data_dir}",
+            f"--trainer.logger.save_dir={folder}",
+            f"--trainer.max_steps={options.steps}",
+        ]
         added = ["--trainer.callbacks+=benchmarks.training.BesideBareLimit"]
         cli = command(["fit", "--config", str(CONFIG), *given, *more, *added])
     found = next(c for c in cli.trainer.callbacks if type(c).__name__ == "BesideBareLimit")  # this file is __main__ too
@@ -180,7 +184,12 @@ def main() -> None:
     found = in_turn({side: (lambda side=side: measure(side)) for side in SIDES}, options.repetitions)
     default, semihard, usual_way = (list(zip(*rates)) for rates in found.values())
     rows = [
-        {"": name, "images/s": statistics.median(rates), "compared with": over, "ratio": over and median_ratio(rates, under)}
+        {
+            "": name,
+            "images/s": statistics.median(rates),
+            "compared with": over,
+            "ratio": over and median_ratio(rates, under),
+        }
         for name, rates, over, under in (
             ("default config", default[0], "its bare limit", default[1]),
             ("its bare limit", default[1], None, None),

@@ -69,7 +69,9 @@ def resolve_checkpoint(path: str, runs: Path, prefer: str = "best") -> Path:
     if path in ("best", "last"):
         with_checkpoints = [p for p in run_folders(runs) if (p / "checkpoints").is_dir()]
         if not with_checkpoints:
-            raise InputError(f"--ckpt_path {path}: no run with checkpoints in {runs}; fit first, or name a file or folder")
+            raise InputError(
+                f"--ckpt_path {path}: no run with checkpoints in {runs}; fit first, or name a file or folder"
+            )
         return _in_run(with_checkpoints[-1], "start" if (path, prefer) == ("last", "start") else path)
     if Path(path).is_file():
         return Path(path)

@@ -66,7 +66,9 @@ class Curves(Callback):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy")):
             for split, style in (("train", "o-"), ("val", "s--")):
-                points = [(s, r[f"{split}/{quantity}"]) for s, r in sorted(self.rows.items()) if f"{split}/{quantity}" in r]
+                points = [
+                    (s, r[f"{split}/{quantity}"]) for s, r in sorted(self.rows.items()) if f"{split}/{quantity}" in r
+                ]
                 if points:
                     axes.plot(*zip(*points), style, markersize=3, label={"val": "validation"}.get(split, split))
             axes.set(xlabel="step", ylabel=quantity)

@@ -42,7 +42,9 @@ class FrozenEncoder(Callback):
     ) -> None:
         import_encoder_module("frozen_encoder.encoder_module", encoder_module)
         if unfreeze_at_epoch is not None and unfreeze_at_epoch < 0:
-            raise InputError(f"frozen_encoder.unfreeze_at_epoch {unfreeze_at_epoch}: must be 0 or more, or null for never")
+            raise InputError(
+                f"frozen_encoder.unfreeze_at_epoch {unfreeze_at_epoch}: must be 0 or more, or null for never"
+            )
         if encoder_lr is not None and (unfreeze_at_epoch is None or not encoder_lr > 0):
             raise InputError(f"frozen_encoder.encoder_lr {encoder_lr}: must be above 0, and needs unfreeze_at_epoch")
         self.run, self.cache, self.unfreeze_at_epoch, self.encoder_lr = run, cache, unfreeze_at_epoch, encoder_lr
@@ -54,7 +56,9 @@ class FrozenEncoder(Callback):
         for option in ("run", "unfreeze_at_epoch"):
             if getattr(self, option) is not None and not takes_encoder:
                 name = type(pl_module).__name__
-                raise InputError(f"frozen_encoder.{option} {getattr(self, option)}: {name} takes no encoder; only probes do")
+                raise InputError(
+                    f"frozen_encoder.{option} {getattr(self, option)}: {name} takes no encoder; only probes do"
+                )
         if stage != "fit" or not takes_encoder:
             return
         runs = Path(trainer.logger.save_dir if trainer.logger else "runs")
@@ -130,7 +134,9 @@ def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -
     stage, data = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
     names = stage.get("class_names")
     if names != datamodule.class_names:
-        raise InputError(f"{path}: an encoder of the classes {names}; this command's are {datamodule.class_names}; give the same data")
+        raise InputError(
+            f"{path}: an encoder of the classes {names}; this command's are {datamodule.class_names}; give the same data"
+        )
     own = datamodule.fingerprint
     if data.get("train_sha256") != own["train_sha256"]:
         raise InputError(f"{path}: the encoder was trained on other images than this command's; give it the same data")
@@ -152,7 +158,9 @@ def import_encoder_module(option: str, module: str | None) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:  # whatever that module does
-        raise InputError(f"{option} {module}: cannot be imported ({type(error).__name__}: {first_line(error)})") from error
+        raise InputError(
+            f"{option} {module}: cannot be imported ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def encoder_from_checkpoint(path: Path) -> Encoder:
@@ -172,7 +180,9 @@ def encoder_from_checkpoint(path: Path) -> Encoder:
         found, expected = (tuple(d[name].shape) if name in d else "missing" for d in (weights, described))
         if found != expected:
             kind = stage["encoder"]["class_path"]
-            raise InputError(f"{path}: the weights do not fit {kind}: {name} is {found}, expected {expected}; fit it again")
+            raise InputError(
+                f"{path}: the weights do not fit {kind}: {name} is {found}, expected {expected}; fit it again"
+            )
     encoder = build_encoder(stage["encoder"])
     encoder.load_state_dict(weights)
     return encoder

@@ -79,7 +79,15 @@ class Inspection(Callback):
     def _draw_errors(self, trainer, pl_module, split: str, errors: Tensor, probabilities: Tensor) -> Figure:
         data, names = trainer.datamodule, pl_module.class_names
         images, labels = data.split(split)
-        shown = [[(images[i], f"{names[labels[i]]}\ntaken for {names[probabilities[i].argmax()]}\n({probabilities[i].max():.2f})")] for i in errors]
+        shown = [
+            [
+                (
+                    images[i],
+                    f"{names[labels[i]]}\ntaken for {names[probabilities[i].argmax()]}\n({probabilities[i].max():.2f})",
+                )
+            ]
+            for i in errors
+        ]
         try:
             bank, bank_labels = data.split("train")
         except InputError as error:  # a test needs no training file
@@ -144,7 +152,9 @@ def draw_reliability(count: Tensor, confidence: Tensor, accuracy: Tensor, ece: f
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     edges, used = (torch.arange(bins) / bins).numpy(), (count > 0).numpy()
     count, confidence, accuracy = count.numpy(), confidence.numpy(), accuracy.numpy()
-    upper.bar(edges[used], accuracy[used], width=1 / bins, align="edge", color="C0", edgecolor="white", label="accuracy")
+    upper.bar(
+        edges[used], accuracy[used], width=1 / bins, align="edge", color="C0", edgecolor="white", label="accuracy"
+    )
     upper.plot([0, 1], [0, 1], "--", color="0.4", label="as sure as right")
     upper.plot(confidence[used], accuracy[used], "o", color="C1", markersize=4, label="mean confidence")
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"reliability, expected calibration error {ece:.4f}")

@@ -97,5 +97,7 @@ class LastCheckpoint(Checkpoint):
         if number:
             if trainer.is_global_zero:
                 name, step = signal.Signals(number).name, trainer.global_step
-                print(f"main.py: stopped by {name} at step {step}; --ckpt_path last goes on from there", file=sys.stderr)
+                print(
+                    f"main.py: stopped by {name} at step {step}; --ckpt_path last goes on from there", file=sys.stderr
+                )
             sys.exit(128 + number)

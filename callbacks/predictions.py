@@ -30,7 +30,9 @@ class PredictionWriter(Callback):
         if stage == "predict" and not trainer.logger:
             raise InputError("predict writes into a run folder: leave --trainer.logger on")
         if stage == "predict" and self.features and not hasattr(pl_module, "encoder"):
-            raise InputError(f"PredictionWriter features: {type(pl_module).__name__} has no encoder; leave the option out")
+            raise InputError(
+                f"PredictionWriter features: {type(pl_module).__name__} has no encoder; leave the option out"
+            )
 
     def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch, batch_idx, dataloader_idx=0) -> None:
         self._blocks.append(outputs.cpu())
@@ -59,8 +61,13 @@ class PredictionWriter(Callback):
                 writer.writerow(["index", "label", "class_name", "probability", *(["file"] if files else [])])
                 for i, (label, p) in enumerate(zip(labels.tolist(), probabilities.tolist())):
                     writer.writerow([i, label, names[label], f"{p:.6f}", *(files[i : i + 1] if files else [])])
-        rows = [f"| {i} | {names[c]} | {p:.3f} |" for i, (c, p) in enumerate(zip(labels[:100].tolist(), probabilities.tolist()))]
+        rows = [
+            f"| {i} | {names[c]} | {p:.3f} |"
+            for i, (c, p) in enumerate(zip(labels[:100].tolist(), probabilities.tolist()))
+        ]
         experiment = trainer.logger.experiment
-        experiment.add_text("predictions (first 100)", "\n".join(["| image | class | probability |", "|---|---|---|", *rows]))
+        experiment.add_text(
+            "predictions (first 100)", "\n".join(["| image | class | probability |", "|---|---|---|", *rows])
+        )
         experiment.add_histogram("predictions/label", labels)
         experiment.add_histogram("predictions/probability", probabilities)

@@ -12,7 +12,11 @@ class Progress(RichProgressBar):
     """Lightning's bar with the stage's name, epochs counted from 1, and the time that all remaining epochs will take."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began, self._first, self._total = time.monotonic(), trainer.global_step, trainer.estimated_stepping_batches
+        self._began, self._first, self._total = (
+            time.monotonic(),
+            trainer.global_step,
+            trainer.estimated_stepping_batches,
+        )
         super().on_train_start(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict:

@@ -49,7 +49,9 @@ class Report(Callback):
         command = f"python main.py test --config {folder}/config.yaml --ckpt_path {trainer.ckpt_path}"
         found = {name: path for name in FIGURES for path in (folder / name, run / name) if path.is_file()}
         title = f"{type(pl_module).__name__}, {run.parent.name}/{run.name}"
-        (folder / "report.html").write_text(page(title, metrics, images, facts, found, config, command), encoding="utf-8")
+        (folder / "report.html").write_text(
+            page(title, metrics, images, facts, found, config, command), encoding="utf-8"
+        )
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
@@ -59,7 +61,9 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     return tuple((centre + sign * spread) / (1 + z**2 / count) for sign in (-1, 1))
 
 
-def page(title: str, metrics: dict, images: int, facts: dict, figures: dict[str, Path], config: str, command: str) -> str:
+def page(
+    title: str, metrics: dict, images: int, facts: dict, figures: dict[str, Path], config: str, command: str
+) -> str:
     rows = []
     for name, value in sorted(metrics.items()):
         interval = "–"
@@ -89,4 +93,8 @@ def document(title: str, parts: list[str]) -> str:
     """A page of parts made by `table`, `figure` or by hand, which needs no other file."""
     title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n<h1>{title}</h1>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n<h1>{title}</h1>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )

@@ -66,7 +66,9 @@ class RetrievalMonitor(Callback):
         # Evenly spread over the whole split, of which each process has a block.
         block, images = trainer.val_dataloaders.block, trainer.val_dataloaders.num_samples
         chosen = torch.arange(min(self.queries, images)) * images // min(self.queries, images)
-        chosen = chosen[(chosen >= block.start) & (chosen < block.start + len(queries))].to(queries.device) - block.start
+        chosen = (
+            chosen[(chosen >= block.start) & (chosen < block.start + len(queries))].to(queries.device) - block.start
+        )
         queries, labels = queries[chosen].float(), labels[chosen]
         if trainer.world_size > 1:
             bank, bank_labels = (pl_module.all_gather(x).flatten(0, 1) for x in (bank, bank_labels))

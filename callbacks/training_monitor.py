@@ -54,6 +54,8 @@ class TrainingMonitor(Callback):
             if part is not None:
                 options[name] = type(part).__name__
         # Lightning notes by a leading underscore how it made the objects.
-        options = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items() if k[0] != "_"}
+        options = {
+            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items() if k[0] != "_"
+        }
         metrics = {f"last/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         trainer.logger.log_hyperparams(options, metrics, trainer.global_step)

@@ -50,8 +50,12 @@ class TSNE(Callback):
             encoder.load_state_dict({name[8:]: value for name, value in weights if name.startswith("encoder.")})
             found["before training"] = self._features(trainer, encoder, index)
         found["after training"] = self._features(trainer, pl_module.encoder, index)
-        if not all(features.std(0).max() > 0 for features in found.values()):  # NaN too; scikit-learn does not survive either
-            rank_zero_warn("tsne.png is not drawn: the encoder gives every image the same features, or none that are finite")
+        if not all(
+            features.std(0).max() > 0 for features in found.values()
+        ):  # NaN too; scikit-learn does not survive either
+            rank_zero_warn(
+                "tsne.png is not drawn: the encoder gives every image the same features, or none that are finite"
+            )
             return
 
         figure = Figure(figsize=(1.5 + 5.5 * len(found), 5.5), layout="constrained")
@@ -76,7 +80,9 @@ class TSNE(Callback):
         encoder.train(was_training)
         return features
 
-    def _project(self, trainer: Trainer, pl_module: LightningModule, features: torch.Tensor, index: torch.Tensor) -> None:
+    def _project(
+        self, trainer: Trainer, pl_module: LightningModule, features: torch.Tensor, index: torch.Tensor
+    ) -> None:
         images, labels = (x[index].cpu() for x in trainer.datamodule.split("train"))
         unit = F.normalize(features, dim=1)
         nearest = labels[(unit @ unit.T).fill_diagonal_(-1).argmax(1)]

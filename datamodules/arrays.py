@@ -43,12 +43,16 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
                         arrays[name] = file[name]
                     elif name == "images" or labels_required:
                         hint = "; a file without labels serves predict only" if name == "labels" else ""
-                        raise InputError(f"{path}: no array named '{name}' (found: {', '.join(file) or 'nothing'}){hint}")
+                        raise InputError(
+                            f"{path}: no array named '{name}' (found: {', '.join(file) or 'nothing'}){hint}"
+                        )
     except InputError:
         raise
     except Exception as error:  # zipfile and NumPy raise a dozen kinds, down to struct.error and SyntaxError
         if "allow_pickle" in str(error):
-            raise InputError(f"{path}: holds pickled Python objects, which are never loaded; save plain arrays") from error
+            raise InputError(
+                f"{path}: holds pickled Python objects, which are never loaded; save plain arrays"
+            ) from error
         raise InputError(f"{path}: damaged or not a readable .npz file ({first_line(error)}); copy it again") from error
 
     images = arrays["images"]
@@ -118,4 +122,6 @@ def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
         if claimed != held and not dtype.hasobject:
             raise InputError(f"{path}: {member.filename} claims {claimed} bytes and holds {held}; write it again")
         if held > 2**30 and held > 100 * member.compress_size:
-            raise InputError(f"{path}: {member.filename} unpacks from {member.compress_size} to {held} bytes; it is not read")
+            raise InputError(
+                f"{path}: {member.filename} unpacks from {member.compress_size} to {held} bytes; it is not read"
+            )

@@ -14,7 +14,6 @@ from datamodules.image_folder import image_files, read_images, say_counts
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError
 
-
 CIFAR100_CLASSES = tuple((
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
     "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "

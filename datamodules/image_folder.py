@@ -96,7 +96,9 @@ def labelled_files(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], 
 def say_counts(counts: dict[str, int], where: Path) -> None:
     """Says how many images there are, and how unequal the classes are."""
     few, many = min(counts, key=counts.get), max(counts, key=counts.get)
-    say(f"data: {sum(counts.values()):,} images of {len(counts)} classes in {where}; fewest {counts[few]:,} {few}, most {counts[many]:,} {many}")
+    say(
+        f"data: {sum(counts.values()):,} images of {len(counts)} classes in {where}; fewest {counts[few]:,} {few}, most {counts[many]:,} {many}"
+    )
 
 
 def read_images(files: list[Path]) -> Tensor:
@@ -118,5 +120,7 @@ def read_images(files: list[Path]) -> Tensor:
     if others:
         smallest, largest = min(others), max(others)
         spread = f"{smallest[0]}×{smallest[1]}" + (f" … {largest[0]}×{largest[1]}" if smallest != largest else "")
-        say(f"data: {len(others):,} of {len(files):,} images in {files[0].parent} are not 32×32 ({spread}): their middle squares are resized")
+        say(
+            f"data: {len(others):,} of {len(files):,} images in {files[0].parent} are not 32×32 ({spread}): their middle squares are resized"
+        )
     return torch.from_numpy(np.stack(pixels))

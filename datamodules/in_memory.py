@@ -71,7 +71,9 @@ class InMemoryDataModule(LightningDataModule):
         if stage in ("fit", "validate"):
             train = self.split("train")
             if stage == "fit" and self.batch_size > len(train.labels):
-                raise InputError(f"data.batch_size {self.batch_size} is larger than the {len(train.labels)} training images")
+                raise InputError(
+                    f"data.batch_size {self.batch_size} is larger than the {len(train.labels)} training images"
+                )
             if self.batch_size % self.trainer.world_size:
                 raise InputError(
                     f"data.batch_size {self.batch_size} is the global batch and must divide by the"
@@ -92,13 +94,18 @@ class InMemoryDataModule(LightningDataModule):
             if len(images.labels.unique()) < 2:
                 raise InputError("the training labels name only one class; at least two are needed")
             self._all_labels, self._sha256 = images.labels, images_sha256(images)
-            parts = (ImageSet(*(x[i] for x in images)) for i in stratified_split(images.labels, self.val_size, self.split_seed))
+            parts = (
+                ImageSet(*(x[i] for x in images))
+                for i in stratified_split(images.labels, self.val_size, self.split_seed)
+            )
             for part, chosen in zip(("train", "val"), parts):
                 if self.classes is not None:
                     chosen = select_classes(chosen, self.classes)
                     for label, count in zip(self.classes, chosen.labels.bincount(minlength=self.num_classes).tolist()):
                         if not count:
-                            raise InputError(f"data.classes {self.classes}: no image of class {label} in the {part} split")
+                            raise InputError(
+                                f"data.classes {self.classes}: no image of class {label} in the {part} split"
+                            )
                 self._sets[part] = chosen
         return self._sets[name]
 
@@ -147,7 +154,9 @@ class InMemoryDataModule(LightningDataModule):
         wanted, free = 3 * sum(x.nbytes for x in tensors), free_memory(device)
         if wanted > free and name not in self._left:
             self._left.add(name)
-            why = f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} MiB free"
+            why = (
+                f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} MiB free"
+            )
             print(f"data: the {name} images stay in main memory, and each batch travels ({why})")
         return list(tensors) if name in self._left else [x.to(device) for x in tensors]
 

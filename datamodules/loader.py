@@ -106,7 +106,9 @@ class BatchLoader:
             drawn = [None if x is None else x[..., mine].to(device, non_blocking=True) for x in drawn]
             yield self._cut(*drawn)
 
-    def _cut(self, index: Tensor, mirrored: Tensor | None = None, shift: Tensor | None = None, centre: Tensor | None = None):
+    def _cut(
+        self, index: Tensor, mirrored: Tensor | None = None, shift: Tensor | None = None, centre: Tensor | None = None
+    ):
         labels = () if self.labels is None else (self.labels[index],)
         if self.inputs.ndim == 2:
             return self.inputs.index_select(0, index), *labels

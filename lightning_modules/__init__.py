@@ -1,9 +1,10 @@
-from lightning_modules.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
-from lightning_modules.encoders import ReportEncoder
-from lightning_modules.fast_encoder import FastEncoder
+from lightning_modules.encoders import FastEncoder, ReportEncoder, TorchvisionEncoder
 from lightning_modules.losses import (
     BatchLoss,
+    CosineDistance,
+    EuclideanDistance,
     LMNNLoss,
+    MahalanobisDistance,
     MultiNegativeLoss,
     PairwiseContrastiveLoss,
     PrototypicalLoss,
@@ -15,7 +16,6 @@ from lightning_modules.probe_grid import LinearProbeGrid
 from lightning_modules.probes import LinearProbe, MLPProbe
 from lightning_modules.regression import LogisticRegression, SoftmaxRegression
 from lightning_modules.supervised_encoder import SupervisedEncoder
-from lightning_modules.torchvision_encoder import TorchvisionEncoder
 from lightning_modules.triplet_encoder import TripletEncoder
 
 __all__ = [

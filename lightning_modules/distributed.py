@@ -101,5 +101,7 @@ class SharedDropout(nn.Dropout):
         if not self.training or self.p == 0:
             return x
         rank, processes = world()
-        keep = torch.rand(processes * len(x), *x.shape[1:], device=x.device)[rank * len(x) : (rank + 1) * len(x)] >= self.p
+        keep = (
+            torch.rand(processes * len(x), *x.shape[1:], device=x.device)[rank * len(x) : (rank + 1) * len(x)] >= self.p
+        )
         return x * keep / (1 - self.p)

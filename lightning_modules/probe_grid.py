@@ -46,7 +46,9 @@ class LinearProbeGrid(OnFrozenEncoder, Stage):
     def setup(self, stage: str) -> None:
         self.searching = stage == "fit"
         if self.searching and self.trainer.gradient_clip_val:
-            raise InputError("trainer.gradient_clip_val: one norm over all settings of a grid would mix them; leave it out")
+            raise InputError(
+                "trainer.gradient_clip_val: one norm over all settings of a grid would mix them; leave it out"
+            )
         super().setup(stage)
 
     def build_head(self, feature_dim: int) -> nn.Module:

@@ -46,7 +46,9 @@ class OnFrozenEncoder:
         self._build()
         features = inputs
         if inputs.ndim > 2:
-            features = self.encoder.embed_all(self.trainer.datamodule.evaluation_loader("train"), single_view=True).cpu()
+            features = self.encoder.embed_all(
+                self.trainer.datamodule.evaluation_loader("train"), single_view=True
+            ).cpu()
         self.feature_mean.copy_(features.mean(0))
         std = features.std(0)
         self.feature_std.copy_(torch.where(std > 1e-6, std, 1.0))

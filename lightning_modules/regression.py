@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError
-from lightning_modules.encoders import channel_statistics
+from lightning_modules.encoders.contract import channel_statistics
 from lightning_modules.stage import Stage
 
 
@@ -58,7 +58,9 @@ class LogisticRegression(Stage):
 
     def __init__(self, num_classes: int = 2, **kwargs) -> None:
         if num_classes != 2:
-            raise InputError(f"LogisticRegression has two classes, the data has {num_classes}: give --data.classes '[0,1]'")
+            raise InputError(
+                f"LogisticRegression has two classes, the data has {num_classes}: give --data.classes '[0,1]'"
+            )
         super().__init__(num_classes, **kwargs)
         self.linear = PixelLinear(1)
 

@@ -86,7 +86,9 @@ class Stage(LightningModule):
     def setup(self, stage: str) -> None:
         datamodule = self.trainer.datamodule
         if datamodule is None:
-            raise InputError(f"{type(self).__name__} needs a data module, such as CIFAR10DataModule or DigitsDataModule")
+            raise InputError(
+                f"{type(self).__name__} needs a data module, such as CIFAR10DataModule or DigitsDataModule"
+            )
         if self.num_classes != datamodule.num_classes:
             raise InputError(f"model.num_classes {self.num_classes}: the data has {datamodule.num_classes} classes")
         self.class_names = datamodule.class_names
@@ -220,14 +222,18 @@ class Stage(LightningModule):
             if fits(ranks, [own] * self.trainer.world_size):
                 self._resumed_metrics = ranks[self.global_rank]
         # Runs before the weights are loaded: one line here instead of a page of size mismatches there.
-        saved, trained_on = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
+        saved, trained_on = (
+            x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data"))
+        )
         hint = "start from the run's own --config RUN/config.yaml"
         for name, value in self.identity.items():
             if saved.get(name) != value:
                 raise InputError(f"the checkpoint's {name} is {saved.get(name)}, this command's is {value}; {hint}")
         for name, value in self.trainer.datamodule.fingerprint.items():
             if trained_on.get(name) != value:
-                raise InputError(f"the checkpoint's data.{name} is {trained_on.get(name)}, this command's is {value}; {hint}")
+                raise InputError(
+                    f"the checkpoint's data.{name} is {trained_on.get(name)}, this command's is {value}; {hint}"
+                )
         shapes, own = ({k: tuple(v.shape) for k, v in d.items()} for d in (checkpoint["state_dict"], self.state_dict()))
         for name in [*own, *shapes]:
             if shapes.get(name) != own.get(name):

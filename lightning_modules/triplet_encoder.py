@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from errors import InputError, first_line
 from lightning_modules.encoders import CompileMode, Encoder
 from lightning_modules.losses import BatchLoss
+from lightning_modules.losses.triplets import MATRIX, anchor_blocks
 from lightning_modules.retrieval import knn_probabilities, retrieval_metrics, retrieval_statistics
 from lightning_modules.stage import Stage
-from lightning_modules.triplets import MATRIX, anchor_blocks
 
 
 class TripletEncoder(Stage):
@@ -74,14 +74,18 @@ class TripletEncoder(Stage):
 
     def setup(self, stage: str) -> None:
         if stage == "predict":
-            self.trainer.datamodule.split("train")  # the neighbours: read now, so that the checkpoint is checked for them
+            self.trainer.datamodule.split(
+                "train"
+            )  # the neighbours: read now, so that the checkpoint is checked for them
         super().setup(stage)
         if stage == "fit" and self.trainer.datamodule.batch_size < 3:
             raise InputError(f"data.batch_size {self.trainer.datamodule.batch_size}: a triplet needs three images")
         if stage == "fit":
             size = self.trainer.datamodule.batch_size // (1 if self.global_mining else self.trainer.world_size)
             if (blocks := len(anchor_blocks(size))) > 1 and self.trainer.is_global_zero:
-                print(f"model.loss: the pairs of {size:,} images are worked on in {blocks} blocks, so that memory does not run out")
+                print(
+                    f"model.loss: the pairs of {size:,} images are worked on in {blocks} blocks, so that memory does not run out"
+                )
 
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)

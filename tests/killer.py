@@ -35,7 +35,12 @@ class Killer(Callback):
         def save(value, file, **options):
             write(value, file, **options)
             # What processes send to each other is written by torch.save as well, and not to a file.
-            if self.phase == "checkpoint" and trainer.global_step >= self.step and hasattr(file, "truncate") and hasattr(file, "name"):
+            if (
+                self.phase == "checkpoint"
+                and trainer.global_step >= self.step
+                and hasattr(file, "truncate")
+                and hasattr(file, "name")
+            ):
                 file.truncate(file.tell() // 2)
                 file.flush()
                 self._die(trainer)

@@ -59,17 +59,23 @@ def test_truncated_archive(keep, tiny, refused):
 
 def test_an_array_that_claims_100_gb(tiny, refused):
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (32_552_084, 32, 32, 3)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (32_552_084, 32, 32, 3)}
+    )
     with zipfile.ZipFile(tiny / "cifar10_train.npz", "w") as archive:
         archive.writestr("images.npy", header.getvalue() + bytes(3072))
         archive.writestr("labels.npy", header.getvalue() + bytes(3072))
-    refused("fit", "softmax_regression", words=["cifar10_train.npz: images.npy claims 100000002048 bytes and holds 3072"])
+    refused(
+        "fit", "softmax_regression", words=["cifar10_train.npz: images.npy claims 100000002048 bytes and holds 3072"]
+    )
 
 
 def test_a_zip_bomb(tiny, refused):
     """1.1 GB of zeros in 1.1 MB."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (360_000, 32, 32, 3)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (360_000, 32, 32, 3)}
+    )
     with zipfile.ZipFile(tiny / "cifar10_train.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("images.npy", "w") as file:
             file.write(header.getvalue())
@@ -105,7 +111,11 @@ def test_a_download_that_has_been_tampered_with(tmp_path, run, monkeypatch):
         with pytest.raises(InputError, match="no intact CIFAR-10 .*corrupted.*cifar10_train.npz"):
             run("fit", "softmax_regression", f"--data.root={root}")
         server.shutdown()
-    assert served and [p.name for p in root.rglob("*")] == ["cifar-10-python.tar.gz"] and not (tmp_path / "outside").exists()
+    assert (
+        served
+        and [p.name for p in root.rglob("*")] == ["cifar-10-python.tar.gz"]
+        and not (tmp_path / "outside").exists()
+    )
 
 
 def test_a_plain_array_is_no_archive(tiny, refused):
@@ -124,7 +134,9 @@ def test_no_data_and_no_network(tmp_path, tiny, refused, monkeypatch):
 
     monkeypatch.setattr("urllib.request.urlopen", unreachable)
     empty = f"--data.root={tmp_path / 'empty'}"
-    refused("fit", "softmax_regression", empty, words=["Name or service not known", "cifar10_train.npz", "--data.train_npz"])
+    refused(
+        "fit", "softmax_regression", empty, words=["Name or service not known", "cifar10_train.npz", "--data.train_npz"]
+    )
     refused("fit", "softmax_regression", empty, "--data.download=false", words=["switched off", "cifar10_train.npz"])
 
 
@@ -255,7 +267,14 @@ def test_checkpoints_made_to_run_code_or_fill_the_memory(tmp_path, run, refused)
         checkpoint["stage"]["encoder"] = {"class_path": class_path, "init_args": {}}
         torch.save(checkpoint, path)
         refused(*probe, words=["named by the checkpoint is not one of", "FastEncoder"])
-    for init_args in ({"widths": [10**7] * 3}, {"widths": [10**30] * 3}, {"widths": "8"}, {"widths": [8.5] * 3}, [8], {"x": 1}):
+    for init_args in (
+        {"widths": [10**7] * 3},
+        {"widths": [10**30] * 3},
+        {"widths": "8"},
+        {"widths": [8.5] * 3},
+        [8],
+        {"x": 1},
+    ):
         checkpoint["stage"]["encoder"] = {**spec, "init_args": init_args}
         torch.save(checkpoint, path)
         refused(*probe, words=["fit FastEncoder"])
@@ -279,7 +298,9 @@ def test_predict_of_an_encoder_wants_the_images_it_was_trained_on(tmp_path, tiny
 def test_predict_wants_a_folder(tmp_path, run, refused):
     run("fit", "softmax_regression")
     folder = tmp_path / "runs" / "softmax_regression" / "version_0"
-    refused("predict", "softmax_regression", f"--ckpt_path={folder}", "--trainer.logger=false", words=["--trainer.logger"])
+    refused(
+        "predict", "softmax_regression", f"--ckpt_path={folder}", "--trainer.logger=false", words=["--trainer.logger"]
+    )
 
 
 def test_debug_shows_the_traceback(monkeypatch):

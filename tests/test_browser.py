@@ -1,7 +1,7 @@
 """TensorBoard and the pages as a person sees them: headless Chromium on real runs.
 
-    pytest tests/test_browser.py                                                # on two short runs on digits
-    SCREENSHOTS=docs LADDER=runs/reproduce pytest tests/test_browser.py         # pictures of a finished ladder, kept
+pytest tests/test_browser.py                                                # on two short runs on digits
+SCREENSHOTS=docs LADDER=runs/reproduce pytest tests/test_browser.py         # pictures of a finished ladder, kept
 """
 
 import io
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CONFIGS
 from PIL import Image
 
 import reproduce
-from conftest import CONFIGS
 from main import main
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -37,10 +37,13 @@ function walk(root) {
 }
 walk(document);
 """
-TEXT = WALK + """
+TEXT = (
+    WALK
+    + """
 return found.filter(e => !['STYLE', 'SCRIPT'].includes(e.tagName))
   .flatMap(e => [...e.childNodes]).filter(n => n.nodeType === 3).map(n => n.data).join(' ');
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,12 @@ def ladder(tmp_path_factory):
     if "LADDER" in os.environ:
         return Path(os.environ["LADDER"]).resolve()
     out = tmp_path_factory.mktemp("browser")
-    small = ["--data=DigitsDataModule", "--data.batch_size=128", f"--trainer.logger.save_dir={out / 'seed_0'}", "--trainer.max_epochs=2"]
+    small = [
+        "--data=DigitsDataModule",
+        "--data.batch_size=128",
+        f"--trainer.logger.save_dir={out / 'seed_0'}",
+        "--trainer.max_epochs=2",
+    ]
     narrow = "--model.encoder.init_args.widths=[8,8,8]"
     for command, config, *more in (
         ("fit", "triplet_encoder", narrow), ("fit", "linear_probe"), ("test", "linear_probe", "--ckpt_path=best"),
@@ -112,7 +120,9 @@ def keep(browser, name: str) -> None:
     if "SCREENSHOTS" in os.environ:
         time.sleep(3)  # the end of a movement
         picture = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(Path(os.environ["SCREENSHOTS"]) / f"{name}.png", optimize=True)
+        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(
+            Path(os.environ["SCREENSHOTS"]) / f"{name}.png", optimize=True
+        )
 
 
 def test_scalars(browser, tensorboard):
@@ -142,10 +152,16 @@ def test_projector(browser, tensorboard):
     until(lambda: re.search(r"Points:\s*[12]\d\d\d\s*Dimension:\s*(8|256)\s", browser.execute_script(TEXT)))
 
     def colours():
-        place = "return found.filter(e => e.tagName === 'CANVAS' && e.width > 400).map(e => e.getBoundingClientRect())[0]"
+        place = (
+            "return found.filter(e => e.tagName === 'CANVAS' && e.width > 400).map(e => e.getBoundingClientRect())[0]"
+        )
         box = browser.execute_script(WALK + place)
         picture = np.asarray(Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("L"))
-        (y, height), (x, width) = ((int(box[k]), int(box[size])) for k, size in (("y", "height"), ("x", "width"))) if box else ((0, 0), (0, 0))
+        (y, height), (x, width) = (
+            ((int(box[k]), int(box[size])) for k, size in (("y", "height"), ("x", "width")))
+            if box
+            else ((0, 0), (0, 0))
+        )
         middle = picture[y + height // 4 : y + 3 * height // 4, x + width // 4 : x + 3 * width // 4]
         return middle.size and np.ptp(middle) > 100
 
@@ -155,7 +171,14 @@ def test_projector(browser, tensorboard):
 
 def test_hparams(browser, tensorboard):
     open_page(browser, f"{tensorboard}/#hparams")
-    text = until(lambda: (t := browser.execute_script(TEXT)) and "linear_probe/version_0" in t and "triplet_encoder/version_0" in t and t)
+    text = until(
+        lambda: (
+            (t := browser.execute_script(TEXT))
+            and "linear_probe/version_0" in t
+            and "triplet_encoder/version_0" in t
+            and t
+        )
+    )
     for word in ("batch_size", "weight_decay", "last/val/accuracy", "Trial ID"):
         assert word in text
     assert "_instantiator" not in text

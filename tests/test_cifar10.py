@@ -8,7 +8,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.trainer.states import TrainerFn
 
 from datamodules import CIFAR10DataModule
-from lightning_modules.encoders import channel_statistics
+from lightning_modules.encoders.contract import channel_statistics
 from main import main
 
 
@@ -37,9 +37,7 @@ def test_channel_statistics_are_the_published_ones(data):
 
 
 def test_no_image_is_in_two_splits(data):
-    seen = [
-        {image.tobytes() for image in np.asarray(data.split(split).images)} for split in ("train", "val", "test")
-    ]
+    seen = [{image.tobytes() for image in np.asarray(data.split(split).images)} for split in ("train", "val", "test")]
     assert len(seen[0] & seen[1]) <= 10 and not seen[1] & seen[2] and not seen[0] & seen[2]
 
 

@@ -50,7 +50,10 @@ def test_cifar100_is_one_option(tmp_path, monkeypatch):
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": CIFAR100_CLASSES}))
     pixels = {name: images(count=300, seed=k) for k, name in enumerate(("train", "test"))}
     for name, batch in pixels.items():
-        content = {"data": batch.permute(0, 3, 1, 2).reshape(300, 3072).numpy(), "fine_labels": [k % 100 for k in range(300)]}
+        content = {
+            "data": batch.permute(0, 3, 1, 2).reshape(300, 3072).numpy(),
+            "fine_labels": [k % 100 for k in range(300)],
+        }
         (folder / name).write_bytes(pickle.dumps(content))
     data = CIFAR10DataModule(root=str(tmp_path), dataset="cifar100", val_size=100)
     assert data.num_classes == 100 and len(set(data.class_names)) == 100 and data.class_names[99] == "worm"
@@ -215,7 +218,9 @@ def test_images_that_do_not_fit_beside_the_model_travel_in_batches(run, monkeypa
     monkeypatch.setattr("datamodules.in_memory.free_memory", lambda device: 1e6)
     travelling = run("fit", "triplet_encoder", *tiny)
     said = [line for line in capsys.readouterr().out.splitlines() if "stay in main memory" in line]
-    assert len(said) == 1 and said[0].startswith("data: the train images stay in main memory, and each batch travels (with")
+    assert len(said) == 1 and said[0].startswith(
+        "data: the train images stay in main memory, and each batch travels (with"
+    )
     for ours, theirs in zip(resident.model.parameters(), travelling.model.parameters()):
         assert torch.equal(ours, theirs)
 
@@ -228,6 +233,12 @@ def test_own_files_with_classes_of_their_own(tmp_path, run, refused, capsys):
     cli = run("fit", "softmax_regression", *own)
     assert cli.model.class_names == ["cat", "dog", "owl"] and cli.model.linear.out_features == 3
     assert "100 images of 3 classes" in (out := capsys.readouterr().out) and "fewest 10 owl, most 60 cat" in out
-    refused("fit", "softmax_regression", *own[:1], "--data.class_names=[cat,dog]", words=["own.npz", "label 2", "outside 0..1"])
+    refused(
+        "fit",
+        "softmax_regression",
+        *own[:1],
+        "--data.class_names=[cat,dog]",
+        words=["own.npz", "label 2", "outside 0..1"],
+    )
     refused("fit", "softmax_regression", *own[:1], "--data.class_names=[cat,cat]", words=["class_names", "different"])
     refused("fit", "softmax_regression", own[1], words=["class_names", "--data.train_npz"])

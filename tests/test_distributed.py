@@ -61,7 +61,9 @@ def test_every_loss_has_the_loss_and_gradient_of_one_process(tmp_path, alone, pr
             assert (many - one).norm() <= 1e-4 * one.norm(), name
         else:
             for key in one:
-                torch.testing.assert_close(many[key], one[key], rtol=1e-10, atol=1e-10, msg=lambda m: f"{name} {key}: {m}")
+                torch.testing.assert_close(
+                    many[key], one[key], rtol=1e-10, atol=1e-10, msg=lambda m: f"{name} {key}: {m}"
+                )
     # Each process on its own slice alone is something else.
     assert (together[local]["loss"] - alone[local]["loss"]).abs() > 1e-3
 
@@ -73,11 +75,18 @@ def test_main_starts_two_processes_which_fit_the_shipped_encoder_as_one(tmp_path
     for devices in (1, 2):
         runs = tmp_path / f"runs{devices}"
         command = ["main.py", "fit", "--config", "configs/triplet_encoder.yaml", *DIGITS, "--trainer.max_epochs=1"]
-        options = ["--model.lr=0.01", "--trainer.precision=64-true", f"--trainer.logger.save_dir={runs}", f"--trainer.devices={devices}"]
+        options = [
+            "--model.lr=0.01",
+            "--trainer.precision=64-true",
+            f"--trainer.logger.save_dir={runs}",
+            f"--trainer.devices={devices}",
+        ]
         ended(start(*command, *options))
         (run,) = (runs / "triplet_encoder").iterdir()
         header, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
-        found.append((header, [[float(x or "nan") for x in row] for row in rows], load_checkpoint(run / "checkpoints/last.ckpt")))
+        found.append(
+            (header, [[float(x or "nan") for x in row] for row in rows], load_checkpoint(run / "checkpoints/last.ckpt"))
+        )
     (header, rows, one), (header2, rows2, two) = found
     assert header == header2 and {"train/accuracy", "val/accuracy"} <= set(header)
     torch.testing.assert_close(torch.tensor(rows2), torch.tensor(rows), rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -98,7 +107,9 @@ def test_two_nodes_fit_as_one_process(tmp_path):
     ended(*nodes)
     ended(start(*command, f"--trainer.logger.save_dir={tmp_path / 'one'}"))
     files = [tmp_path / n / "softmax_regression/version_0/checkpoints/last.ckpt" for n in ("one", "two")]
-    torch.testing.assert_close(*(load_checkpoint(f)["state_dict"]["linear.weight"] for f in files), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        *(load_checkpoint(f)["state_dict"]["linear.weight"] for f in files), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +118,15 @@ def mlp_probe(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     common = [*DIGITS, f"--trainer.logger.save_dir={runs}"]
     ended(start("main.py", "fit", "--config", "configs/triplet_encoder.yaml", *common, "--trainer.max_epochs=1"))
-    probe = ["main.py", "fit", "--config", "configs/mlp_probe.yaml", *common, "--trainer.max_epochs=2", "--model.dropout=0.5"]
+    probe = [
+        "main.py",
+        "fit",
+        "--config",
+        "configs/mlp_probe.yaml",
+        *common,
+        "--trainer.max_epochs=2",
+        "--model.dropout=0.5",
+    ]
     ended(start(*probe))
     ended(start(*probe, "--trainer.devices=2"))
     return runs
@@ -123,7 +142,11 @@ def test_cached_probe_with_dropout_is_the_same_on_two_processes(mlp_probe):
 def test_evaluation_is_the_same_on_one_two_and_three_processes(mlp_probe):
     """360 test images in batches of 200: of three processes one has none."""
     common = [*DIGITS, "--data.batch_size=200", f"--trainer.logger.save_dir={mlp_probe}", "--trainer.precision=32-true"]
-    for stage, command, counts in (("mlp_probe", "test", (1, 3)), ("mlp_probe", "predict", (1, 3)), ("triplet_encoder", "test", (1, 2, 3))):
+    for stage, command, counts in (
+        ("mlp_probe", "test", (1, 3)),
+        ("mlp_probe", "predict", (1, 3)),
+        ("triplet_encoder", "test", (1, 2, 3)),
+    ):
         found = []
         for devices in counts:
             run = mlp_probe / stage / "version_0"

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CONFIGS
 from PIL import Image
 
 import cli
-from conftest import CONFIGS
 from main import main
 
 ROOT = CONFIGS.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "benchmarks" / "RESULTS.md",
+]
 STARTS = ("python", "torchrun", "srun", "pip", "pytest", "tensorboard", "uv", "sbatch", "CIFAR10_NPZ_DIR", "FUZZ")
 # Parsed, not run: several devices, downloads.
 PARSED = ("--trainer.devices", "--trainer.num_nodes", "--data.dataset cifar100", "--trainer.accelerator gpu")
@@ -30,7 +35,11 @@ def commands(page: Path) -> list[str]:
     text = re.sub(r"```python\n.*?```", "", page.read_text(), flags=re.DOTALL)
     text = re.sub(r" \\\n *", " ", text).replace(' "${last[@]}"', "")  # lines that go on; a list that may be empty
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    lines += [line.strip() for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += [
+        line.strip()
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+    ]
     return [line.split("  #")[0].strip() for line in lines if line.startswith(STARTS)]
 
 
@@ -47,20 +56,37 @@ def folder(tmp_path, tiny, monkeypatch):
     (tmp_path / "configs").symlink_to(CONFIGS)
     for name in ("train", "test"):
         labels = np.arange(60) % 3
-        np.savez(tmp_path / f"mine{'_test' * (name == 'test')}.npz", images=rng.integers(0, 255, (60, 32, 32, 3)).astype(np.uint8), labels=labels)
+        np.savez(
+            tmp_path / f"mine{'_test' * (name == 'test')}.npz",
+            images=rng.integers(0, 255, (60, 32, 32, 3)).astype(np.uint8),
+            labels=labels,
+        )
         for kind in ("cat", "dog"):
             (tmp_path / "own" / name / kind).mkdir(parents=True)
             for i in range(20):
-                Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(tmp_path / "own" / name / kind / f"{i}.png")
+                Image.fromarray(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)).save(
+                    tmp_path / "own" / name / kind / f"{i}.png"
+                )
     (tmp_path / "photos").symlink_to(tmp_path / "own" / "test" / "cat")
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if calls(p, "main.py") and p.name != "CONTRIBUTING.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if calls(p, "main.py") and p.name != "CONTRIBUTING.md"], ids=lambda p: p.name
+)
 def test_the_commands_of_a_page_work(page, folder, monkeypatch):
     if page.name != "README.md":  # whose first commands make the runs that the others start from
         for config in ("triplet_encoder", "linear_probe"):
-            main(["fit", "--config", f"configs/{config}.yaml", "--data.batch_size=20", "--data.val_size=50", *SMALL["fit"]])
+            main(
+                [
+                    "fit",
+                    "--config",
+                    f"configs/{config}.yaml",
+                    "--data.batch_size=20",
+                    "--data.val_size=50",
+                    *SMALL["fit"],
+                ]
+            )
     ran = 0
     for args in calls(page, "main.py"):
         if args[0] not in SMALL:
@@ -69,7 +95,10 @@ def test_the_commands_of_a_page_work(page, folder, monkeypatch):
                 assert main(args).is_file()
                 ran += 1
             continue
-        data = ["--data.batch_size=20", *(["--data.val_size=10"] if "mine.npz" in args or "own" in args else ["--data.val_size=50"])]
+        data = [
+            "--data.batch_size=20",
+            *(["--data.val_size=10"] if "mine.npz" in args or "own" in args else ["--data.val_size=50"]),
+        ]
         if any(option in " ".join(args) for option in PARSED) or "--help" in args:
             with monkeypatch.context() as patch:
                 for step in ("instantiate_classes", "after_instantiate_classes", "_run_subcommand", "_parse_ckpt_path"):

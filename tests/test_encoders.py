@@ -6,10 +6,11 @@ import torch
 from datamodules import CIFAR10DataModule, DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
-from lightning_modules.encoders import Encoder, ReportEncoder, build_encoder, channel_statistics, view, view_list
-from lightning_modules.fast_encoder import FastEncoder, whitening_filters
-from lightning_modules.functional import multi_negative_loss
-from lightning_modules.torchvision_encoder import TorchvisionEncoder
+from lightning_modules.encoders import ReportEncoder
+from lightning_modules.encoders.contract import Encoder, build_encoder, channel_statistics, view, view_list
+from lightning_modules.encoders.fast import FastEncoder, whitening_filters
+from lightning_modules.encoders.torchvision import TorchvisionEncoder
+from lightning_modules.losses.functional import multi_negative_loss
 
 
 def photos(count=200):
@@ -37,7 +38,9 @@ def test_whitened_patches_are_uncorrelated_with_unit_variance():
     torch.testing.assert_close(out @ out.T / out.shape[1], torch.eye(12, dtype=torch.float64), rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("images", [DigitsDataModule().split("train").images, torch.full((3, 32, 32, 3), 7, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "images", [DigitsDataModule().split("train").images, torch.full((3, 32, 32, 3), 7, dtype=torch.uint8)]
+)
 def test_grey_and_constant_images_do_not_blow_the_whitening_up(images):
     encoder = FastEncoder()
     encoder.initialize(images)
@@ -111,7 +114,9 @@ def test_shifted_views_are_those_of_an_image_that_moved():
     assert view_list(True, 1) == [(False, 0), (True, 0), (False, 1), (True, 1), (False, -1), (True, -1)]
     assert view_list(False, 0) == [(False, 0)]
     right = view(images, False, 2)
-    assert torch.equal(right[..., 2:, 2:], images[..., :-2, :-2]) and torch.equal(right[..., 2:, 0], images[..., :-2, 2])  # reflected
+    assert torch.equal(right[..., 2:, 2:], images[..., :-2, :-2]) and torch.equal(
+        right[..., 2:, 0], images[..., :-2, 2]
+    )  # reflected
     left = view(images, True, -1)
     assert torch.equal(left[..., :-1, :-1], images.flip(-1)[..., 1:, 1:])
     encoder = FastEncoder([8, 8, 8]).eval()

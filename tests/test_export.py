@@ -57,7 +57,9 @@ def test_a_file_gives_what_the_run_gives(runs, run, kind, stage, capsys):
         if stage == "encoder":
             expected = encoder_from_checkpoint(folder / "checkpoints" / "last.ckpt").eval().embed(x)
         else:
-            cli.model.load_state_dict(load_checkpoint(Path(cli.trainer.checkpoint_callback.best_model_path))["state_dict"])
+            cli.model.load_state_dict(
+                load_checkpoint(Path(cli.trainer.checkpoint_callback.best_model_path))["state_dict"]
+            )
             cli.model.eval().searching = False
             expected = cli.model(x).softmax(1)
     if kind == "onnx":

@@ -38,7 +38,9 @@ def test_probe_reads_the_trained_encoder_and_leaves_it_alone(encoder_run, run, c
     assert not any(m.training for m in cli.model.encoder.modules())
     checkpoint = load_checkpoint(Path(cli.trainer.checkpoint_callback.best_model_path))
     assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
-    optimised = sum(v.numel() for s in checkpoint["optimizer_states"] for p in s["state"].values() for v in [p["exp_avg"]])
+    optimised = sum(
+        v.numel() for s in checkpoint["optimizer_states"] for p in s["state"].values() for v in [p["exp_avg"]]
+    )
     assert optimised == sum(p.numel() for p in cli.model.head.parameters())
 
 
@@ -117,7 +119,12 @@ def test_encoders_that_do_not_fit_are_refused(encoder_run, run, refused, tmp_pat
         torch.save(checkpoint, tmp_path / "tampered.ckpt")
         return f"--frozen_encoder.run={tmp_path / 'tampered.ckpt'}"
 
-    refused("fit", "linear_probe", tampered(lambda c: c["state_dict"].pop(weight)), words=[f"{weight[8:]} is missing, expected"])
+    refused(
+        "fit",
+        "linear_probe",
+        tampered(lambda c: c["state_dict"].pop(weight)),
+        words=[f"{weight[8:]} is missing, expected"],
+    )
     narrow = tampered(lambda c: c["state_dict"].update({weight: c["state_dict"][weight][:, 1:]}))
     refused("fit", "linear_probe", narrow, words=[weight[8:], "expected (8, 8, 3, 3)"])
     extra = tampered(lambda c: c["state_dict"].update({"encoder.extra": torch.zeros(1)}))
@@ -143,7 +150,9 @@ def test_fine_tuning_releases_the_encoder_at_its_epoch_and_not_before(encoder_ru
     encoder_cli, _ = encoder_run
     handed = {k: v.clone() for k, v in encoder_cli.model.encoder.state_dict().items()}
     at_release = "--frozen_encoder.unfreeze_at_epoch=2"
-    before = run("fit", "fine_tune", *FINE_TUNE, at_release, "--trainer.max_steps=8")  # epochs 0 and 1 have 4 steps each
+    before = run(
+        "fit", "fine_tune", *FINE_TUNE, at_release, "--trainer.max_steps=8"
+    )  # epochs 0 and 1 have 4 steps each
     assert all(torch.equal(before.model.encoder.state_dict()[k], v) for k, v in handed.items())
     checkpoint = load_checkpoint(tmp_path / "runs/fine_tune/version_0/checkpoints/last.ckpt")
     assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
@@ -173,7 +182,11 @@ def test_fine_tuning_resumed_ends_as_if_never_stopped(encoder_run, run, stopped_
 
 def test_encoder_has_its_own_learning_rate(encoder_run, run):
     options = [*FINE_TUNE, "--frozen_encoder.unfreeze_at_epoch=0", "--model.lr=0.02"]
-    for more, expected in (([], 0.0005), (["--frozen_encoder.encoder_lr=0.003"], 0.003), (["--frozen_encoder.encoder_lr=null"], 0.002)):
+    for more, expected in (
+        ([], 0.0005),
+        (["--frozen_encoder.encoder_lr=0.003"], 0.003),
+        (["--frozen_encoder.encoder_lr=null"], 0.002),
+    ):
         cli = run("fit", "fine_tune", *options, *more)
         assert [g["lr"] for g in cli.trainer.optimizers[0].param_groups] == pytest.approx([0.02, 0.02, expected])
 

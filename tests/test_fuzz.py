@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import STAGES
 
 from callbacks.checkpoints import load_checkpoint
-from conftest import STAGES
 from datamodules.arrays import read_npz
 from errors import InputError
 from main import main
@@ -140,7 +140,10 @@ def fitted(tmp_path, run):
     """Checkpoints of a softmax regression and of an encoder."""
     run("fit", "softmax_regression")
     run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]")
-    paths = (tmp_path / "runs" / stage / "version_0/checkpoints/last.ckpt" for stage in ("softmax_regression", "triplet_encoder"))
+    paths = (
+        tmp_path / "runs" / stage / "version_0/checkpoints/last.ckpt"
+        for stage in ("softmax_regression", "triplet_encoder")
+    )
     return [shutil.copy(path, tmp_path / f"{path.parts[-4]}.ckpt") for path in paths]
 
 
@@ -148,7 +151,9 @@ def test_checkpoint_bytes(tmp_path, fitted):
     rng, path, lines = random.Random(0), tmp_path / "x.ckpt", []
     for i in range(COUNT):
         good = Path(fitted[i % 2]).read_bytes()
-        path.write_bytes(mutated(rng, good) if rng.random() < 0.3 else mutated_member(rng, good, ("pkl", "/0", "version")))
+        path.write_bytes(
+            mutated(rng, good) if rng.random() < 0.3 else mutated_member(rng, good, ("pkl", "/0", "version"))
+        )
         lines.append(outcome(lambda: load_checkpoint(path)))
         assert lines[-1] == "accepted" or str(path) in lines[-1]
     counted("checkpoint, bytes", lines)
@@ -180,16 +185,28 @@ def mutated_config(rng, text):
 def small(tmp_path, tiny):
     """Options that keep what a mutated config may ask for small; given behind it."""
     data = [f"--data.root={tiny}", "--data.val_size=50", "--data.batch_size=30", "--data.download=false"]
-    trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_time=00:00:00:20"]
+    trainer = [
+        "--trainer.max_epochs=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.max_time=00:00:00:20",
+    ]
     return [*data, *trainer, f"--trainer.logger.save_dir={tmp_path / 'runs'}"]
 
 
 @pytest.mark.parametrize("config", STAGES)
 def test_configs(tmp_path, tiny, run, config):
     rng, path, lines = random.Random(config), tmp_path / "x.yaml", []
-    run("fit", "triplet_encoder", "--model.encoder.init_args.widths=[8,8,8]", f"--trainer.logger.save_dir={tmp_path / 'encoders'}")
+    run(
+        "fit",
+        "triplet_encoder",
+        "--model.encoder.init_args.widths=[8,8,8]",
+        f"--trainer.logger.save_dir={tmp_path / 'encoders'}",
+    )
     text = (ROOT / "configs" / f"{config}.yaml").read_text().replace("[32, 64, 256]", "[8, 8, 8]")
-    encoder = [f"--frozen_encoder.run={tmp_path / 'encoders/triplet_encoder/version_0'}"] if "frozen_encoder" in text else []
+    encoder = (
+        [f"--frozen_encoder.run={tmp_path / 'encoders/triplet_encoder/version_0'}"] if "frozen_encoder" in text else []
+    )
     encoder += ["--frozen_encoder.unfreeze_at_epoch=0"] if "unfreeze" in text else []
     for _ in range(-(-COUNT // 7)):
         path.write_bytes(mutated_config(rng, text))
@@ -203,7 +220,10 @@ def test_configs(tmp_path, tiny, run, config):
 
 @pytest.mark.slow
 def test_fifty_through_the_real_command(tmp_path, tiny, fitted):
-    rng, good = random.Random(0), {"npz": (tiny / "cifar10_train.npz").read_bytes(), "ckpt": Path(fitted[0]).read_bytes()}
+    rng, good = (
+        random.Random(0),
+        {"npz": (tiny / "cifar10_train.npz").read_bytes(), "ckpt": Path(fitted[0]).read_bytes()},
+    )
     text, codes = (ROOT / "configs/softmax_regression.yaml").read_text(), []
     shutil.rmtree(tmp_path / "runs")
     for i in range(50):
@@ -211,9 +231,18 @@ def test_fifty_through_the_real_command(tmp_path, tiny, fitted):
         npz.write_bytes(mutated_member(rng, good["npz"], ".npy") if i % 3 == 0 else good["npz"])
         checkpoint.write_bytes(mutated_member(rng, good["ckpt"], ("pkl", "/0")) if i % 3 == 1 else good["ckpt"])
         config.write_bytes(mutated_config(rng, text) if i % 3 == 2 else text.encode())
-        command = ["fit", "--config", config, *small(tmp_path, tiny), f"--data.train_npz={npz}", "--trainer.max_epochs=2"]
+        command = [
+            "fit",
+            "--config",
+            config,
+            *small(tmp_path, tiny),
+            f"--data.train_npz={npz}",
+            "--trainer.max_epochs=2",
+        ]
         command += [f"--ckpt_path={checkpoint}"] if i % 3 == 1 else []
-        done = subprocess.run([sys.executable, "main.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(
+            [sys.executable, "main.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=100
+        )
         codes.append(done.returncode)
         assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
         if done.returncode == 2:

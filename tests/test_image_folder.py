@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import CONFIGS
 from PIL import Image
 
-from conftest import CONFIGS
 from datamodules import ImageFolderDataModule
 from datamodules.image_folder import read_images
 from errors import InputError
@@ -29,12 +29,23 @@ def folder(tmp_path):
                 shape = [(32, 32, 3), (48, 64, 3), (33, 20, 3)][i % 3]
                 pixels = np.clip(rng.normal(COLOURS[name], 25, shape), 0, 255).astype(np.uint8)
                 image = Image.fromarray(pixels).convert("RGBA" if i % 4 == 1 else "RGB")
-                image.save(tmp_path / "own" / split / name / f"{i}.{'png' if i % 2 else 'JPG'}".replace("JPG", "png" if i % 4 == 1 else "JPG"))
+                image.save(
+                    tmp_path
+                    / "own"
+                    / split
+                    / name
+                    / f"{i}.{'png' if i % 2 else 'JPG'}".replace("JPG", "png" if i % 4 == 1 else "JPG")
+                )
     return tmp_path / "own"
 
 
 def command(tmp_path, name, config, *more):
-    given = ["--config", str(CONFIGS / f"{config}.yaml"), "--data=ImageFolderDataModule", f"--data.root={tmp_path / 'own'}"]
+    given = [
+        "--config",
+        str(CONFIGS / f"{config}.yaml"),
+        "--data=ImageFolderDataModule",
+        f"--data.root={tmp_path / 'own'}",
+    ]
     return main([name, *given, "--data.batch_size=30", f"--trainer.logger.save_dir={tmp_path / 'runs'}", *more])
 
 
@@ -86,10 +97,16 @@ def test_every_command_works_on_a_folder(folder, tmp_path):
     "damage, words",
     [
         (lambda folder: (folder / "train/red/0.JPG").write_bytes(b"no image"), ["0.JPG", "not a readable image"]),
-        (lambda folder: (folder / "train/red/0.JPG").write_bytes((folder / "train/red/0.JPG").read_bytes()[:300]), ["0.JPG", "not a readable"]),
+        (
+            lambda folder: (folder / "train/red/0.JPG").write_bytes((folder / "train/red/0.JPG").read_bytes()[:300]),
+            ["0.JPG", "not a readable"],
+        ),
         (lambda folder: (folder / "train/empty").mkdir(), ["empty", "no images"]),
         (lambda folder: (folder / "train").rename(folder / "training"), ["train", "no such folder"]),
-        (lambda folder: [(folder / "train" / name).rename(folder / name) for name in ("red", "blue")], ["at least two classes"]),
+        (
+            lambda folder: [(folder / "train" / name).rename(folder / name) for name in ("red", "blue")],
+            ["at least two classes"],
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(damage, words, folder, tmp_path, capsys):
@@ -117,8 +134,17 @@ def test_a_classifier_predicts_a_folder_and_writes_features(folder, tmp_path, ru
         (tmp_path / "features.yaml").write_text(yaml.safe_dump(given))
         return run("predict", config, f"--config={tmp_path / 'features.yaml'}", *again, "--ckpt_path=best")
 
-    again = [f"--data.root={tmp_path / 'data'}", "--data.val_size=50", "--data.batch_size=60", f"--data.test_npz={folder / 'test'}"]
-    again += [f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--trainer.precision=32-true", "--trainer.accelerator=cpu"]
+    again = [
+        f"--data.root={tmp_path / 'data'}",
+        "--data.val_size=50",
+        "--data.batch_size=60",
+        f"--data.test_npz={folder / 'test'}",
+    ]
+    again += [
+        f"--trainer.logger.save_dir={tmp_path / 'runs'}",
+        "--trainer.precision=32-true",
+        "--trainer.accelerator=cpu",
+    ]
     cli = predict("linear_probe")
     out = tmp_path / "runs/linear_probe/version_0/predict_0"
     with (out / "predictions.csv").open() as file:

@@ -38,7 +38,9 @@ def test_imports_point_one_way(room):
         assert found <= ALLOWED[room], f"{path.name} imports {sorted(found - ALLOWED[room])}"
 
 
-@pytest.mark.parametrize("name", ["encoders", "fast_encoder", "losses", "functional", "distances", "triplets", "retrieval"])
+@pytest.mark.parametrize(
+    "name", ["encoders", "fast_encoder", "losses", "functional", "distances", "triplets", "retrieval"]
+)
 def test_networks_and_losses_need_torch_alone(name):
     names = set(imported(ROOT / "lightning_modules" / f"{name}.py"))
     others = {n for n in names if n.split(".")[0] not in sys.stdlib_module_names and n.split(".")[0] != "torch"}
@@ -47,7 +49,9 @@ def test_networks_and_losses_need_torch_alone(name):
 
 
 def test_version_is_told_without_importing_torch():
-    code = "import sys; sys.argv = ['main.py', '--version']; import runpy; runpy.run_path('main.py', run_name='__main__')"
+    code = (
+        "import sys; sys.argv = ['main.py', '--version']; import runpy; runpy.run_path('main.py', run_name='__main__')"
+    )
     code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

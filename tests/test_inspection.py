@@ -59,7 +59,10 @@ def test_the_most_confident_errors_stand_beside_the_nearest_training_images(run,
     with torch.no_grad():
         pixels, others = (x.permute(0, 3, 1, 2).float() / 255 for x in (images, bank))
         confidence, predicted = model(pixels).softmax(1).max(1)
-        similarity = F.normalize(model.encoder.embed(pixels, shifted=False)) @ F.normalize(model.encoder.embed(others, shifted=False)).T
+        similarity = (
+            F.normalize(model.encoder.embed(pixels, shifted=False))
+            @ F.normalize(model.encoder.embed(others, shifted=False)).T
+        )
     wrong = sorted((predicted != labels).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:8]
     ((*rows,),) = drawn
     assert len(rows) == len(wrong) > 0

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from killer import PHASES, quiet_main
 
 from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint
 from errors import InputError
-from killer import PHASES, quiet_main
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
@@ -26,7 +26,9 @@ def arguments(stage, runs, *more):
     common = ["--data", "DigitsDataModule", "--data.batch_size=128", f"--trainer.max_epochs={EPOCHS}"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
     often = ["--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps=3"]
-    special = {"mlp_probe": ["--model.dropout=0.3"], "fine_tune": ["--frozen_encoder.unfreeze_at_epoch=1"]}.get(stage, [])
+    special = {"mlp_probe": ["--model.dropout=0.3"], "fine_tune": ["--frozen_encoder.unfreeze_at_epoch=1"]}.get(
+        stage, []
+    )
     probes = [f"--frozen_encoder.run={runs.parent / 'encoder/triplet_encoder/version_0'}"]
     special += probes if stage in ("linear_probe", "mlp_probe", "fine_tune") else []
     config = ["--config", str(CONFIGS / f"{stage}.yaml")]
@@ -153,7 +155,12 @@ def test_fifty_random_kills(tmp_path, whole, stage):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_fit_with_a_checkpoint_to_go_on_from(tmp_path, whole, number, code):
-    args = arguments("softmax_regression", tmp_path / "runs", "--trainer.callbacks+=killer.Signal", f"--trainer.callbacks.number={int(number)}")
+    args = arguments(
+        "softmax_regression",
+        tmp_path / "runs",
+        "--trainer.callbacks+=killer.Signal",
+        f"--trainer.callbacks.number={int(number)}",
+    )
     done = subprocess.run([sys.executable, "main.py", *args], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("main.py")]
@@ -164,9 +171,18 @@ def test_a_signal_ends_a_fit_with_a_checkpoint_to_go_on_from(tmp_path, whole, nu
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, whole):
     """A limit on the size of files stands in for a full disk: it lets step0.ckpt through, and no trained one."""
-    runs, limit = tmp_path / "runs", "import resource, sys, main; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+    runs, limit = (
+        tmp_path / "runs",
+        "import resource, sys, main; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));",
+    )
     program = limit + "sys.exit(main.one_line('main.py', lambda: main.main(sys.argv[1:])))"
-    done = subprocess.run([sys.executable, "-c", program, *arguments("softmax_regression", runs)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments("softmax_regression", runs)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("main.py")]
     assert done.returncode == 2 and "cannot be written" in line and "--ckpt_path last" in line, done.stderr
     folder = runs / "softmax_regression" / "version_0" / "checkpoints"

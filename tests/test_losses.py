@@ -8,8 +8,8 @@ from torch.nn.functional import cosine_similarity
 
 from errors import InputError
 from lightning_modules import FastEncoder, TripletEncoder, functional, losses
-from lightning_modules.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
-from lightning_modules.triplets import active_counts, hardest_triplets, random_triplets
+from lightning_modules.losses.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
+from lightning_modules.losses.triplets import active_counts, hardest_triplets, random_triplets
 
 DISTANCES = {
     "euclidean": EuclideanDistance(),
@@ -122,7 +122,9 @@ def test_dense_margin_loss_equals_the_cube(name, classes, triplets):
 
     def slow(z):
         d = [[slow_distance(name, x, y) if x is not y else 0.0 for y in z] for x in z]
-        terms = [d[a][p] - d[a][n] + margin for a, p, n in every_triplet(labels) if triplets == "all" or d[a][n] > d[a][p]]
+        terms = [
+            d[a][p] - d[a][n] + margin for a, p, n in every_triplet(labels) if triplets == "all" or d[a][n] > d[a][p]
+        ]
         active = [t for t in terms if t > 0]
         assert 0 < len(active) < len(terms)
         return torch.stack(active).mean()
@@ -137,7 +139,7 @@ def test_dense_margin_loss_equals_the_cube(name, classes, triplets):
 )
 def test_active_counts_equal_a_count(options, ties, block, monkeypatch):
     """With `ties`, whole numbers: distances that are equal, or differ by the margin."""
-    monkeypatch.setattr("lightning_modules.triplets.ROW_BLOCK", block)
+    monkeypatch.setattr("lightning_modules.losses.triplets.ROW_BLOCK", block)
     z, labels = batch(20, 3, seed=5)
     d, margin = EuclideanDistance().matrix(z), 0.4
     if ties:
@@ -155,7 +157,9 @@ def test_active_counts_equal_a_count(options, ties, block, monkeypatch):
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-@pytest.mark.parametrize("loss", [losses.TripletMarginLoss("hard", 0.5), losses.SoftMarginTripletLoss("hard")], ids=["margin", "soft"])
+@pytest.mark.parametrize(
+    "loss", [losses.TripletMarginLoss("hard", 0.5), losses.SoftMarginTripletLoss("hard")], ids=["margin", "soft"]
+)
 def test_batch_hard_equals_its_definition(name, loss):
     z, labels = batch()
     loss.distance = DISTANCES[name]
@@ -174,7 +178,9 @@ def test_batch_hard_equals_its_definition(name, loss):
 
 
 @pytest.mark.parametrize("name", DISTANCES)
-@pytest.mark.parametrize("loss", [losses.TripletMarginLoss("random", 0.5), losses.SoftMarginTripletLoss("random")], ids=["margin", "soft"])
+@pytest.mark.parametrize(
+    "loss", [losses.TripletMarginLoss("random", 0.5), losses.SoftMarginTripletLoss("random")], ids=["margin", "soft"]
+)
 def test_random_triplets_losses_equal_their_definition(name, loss):
     z, labels = batch()
     loss.distance = DISTANCES[name]
@@ -377,7 +383,7 @@ def test_anchor_without_negatives_or_positives_is_left_out_not_nan():
 
 @pytest.mark.parametrize("matrix", [2**26, 12])
 def test_random_triplets_are_triplets_and_uniform(matrix, monkeypatch):
-    monkeypatch.setattr("lightning_modules.triplets.MATRIX", matrix)  # 12: two anchors at a time
+    monkeypatch.setattr("lightning_modules.losses.triplets.MATRIX", matrix)  # 12: two anchors at a time
     labels = torch.tensor([0, 0, 0, 1, 1, 2])  # the last one has no positive
     seen = {}
     for seed in range(600):
@@ -400,7 +406,7 @@ def test_blocks_of_anchors_give_the_same_value_and_gradient(loss, order, monkeyp
     labels = labels.sort()[0] if order == "by class" else labels
     values = []
     for matrix in (2**26, 23 * 3):  # all anchors at once, and three at a time
-        monkeypatch.setattr("lightning_modules.triplets.MATRIX", matrix)
+        monkeypatch.setattr("lightning_modules.losses.triplets.MATRIX", matrix)
         x = z.clone().requires_grad_()
         value = loss(x, labels)
         value.backward()
@@ -414,7 +420,7 @@ def test_blocks_of_anchors_give_a_learned_metric_the_same_gradient(monkeypatch):
     metric = DISTANCES["mahalanobis"]
     gradients = []
     for matrix in (2**26, 23 * 3):
-        monkeypatch.setattr("lightning_modules.triplets.MATRIX", matrix)
+        monkeypatch.setattr("lightning_modules.losses.triplets.MATRIX", matrix)
         loss = losses.TripletMarginLoss("all", 0.5, metric)(z, labels)
         gradients += torch.autograd.grad(loss, metric.factor)
     assert gradients[0].any()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import LARGER, STAGES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import LARGER, STAGES
 from main import main
 
 ROOT = Path(__file__).parent.parent
@@ -125,12 +125,16 @@ def test_last_is_the_last_epoch_even_where_an_earlier_one_was_better(tmp_path, r
 
 def test_last_is_there_where_max_steps_ends_a_fit_that_validates_nothing(tmp_path, run):
     whole, short = (
-        ["--trainer.limit_val_batches=0", "--model.schedule=constant", f"--trainer.max_steps={steps}"] for steps in (3, 2)
+        ["--trainer.limit_val_batches=0", "--model.schedule=constant", f"--trainer.max_steps={steps}"]
+        for steps in (3, 2)
     )
     run("fit", "softmax_regression", *short)
     last = tmp_path / "runs/softmax_regression/version_0/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 2
-    resumed, expected = run("fit", "softmax_regression", *whole, "--ckpt_path=last"), run("fit", "softmax_regression", *whole)
+    resumed, expected = (
+        run("fit", "softmax_regression", *whole, "--ckpt_path=last"),
+        run("fit", "softmax_regression", *whole),
+    )
     assert resumed.model.linear.weight.equal(expected.model.linear.weight)
 
 
@@ -212,7 +216,9 @@ def test_stages_log_what_validate_says(tmp_path, run):
     fitted = run("fit", "softmax_regression")
     validated = run("validate", "softmax_regression", "--ckpt_path=last")
     for key in ("val/loss", "val/accuracy"):
-        assert float(fitted.trainer.callback_metrics[key]) == pytest.approx(float(validated.trainer.callback_metrics[key]))
+        assert float(fitted.trainer.callback_metrics[key]) == pytest.approx(
+            float(validated.trainer.callback_metrics[key])
+        )
 
 
 def test_two_processes_are_started_by_main(tmp_path, tiny):
@@ -234,12 +240,20 @@ def test_two_processes_are_started_by_main(tmp_path, tiny):
 
 
 def test_version_and_closing_line(tmp_path, tiny):
-    done = subprocess.run([sys.executable, "main.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "main.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "0.1.0"
 
 
 def test_bad_input_through_the_real_command(tmp_path):
-    command = [sys.executable, str(ROOT / "main.py"), "test", "--config", str(ROOT / "configs" / "softmax_regression.yaml")]
+    command = [
+        sys.executable,
+        str(ROOT / "main.py"),
+        "test",
+        "--config",
+        str(ROOT / "configs" / "softmax_regression.yaml"),
+    ]
     done = subprocess.run([*command, "--ckpt_path", "nowhere.ckpt"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr == "main.py: checkpoint nowhere.ckpt: no such file or run folder\n"
@@ -247,14 +261,31 @@ def test_bad_input_through_the_real_command(tmp_path):
 
 
 def test_a_fit_without_the_configs_callbacks_ends_in_its_lines_too(run, capsys):
-    run("fit", "triplet_encoder", "--model.encoder.widths=[8,8,8]", "--trainer.max_steps=1", "--trainer.callbacks=Curves")
+    run(
+        "fit",
+        "triplet_encoder",
+        "--model.encoder.widths=[8,8,8]",
+        "--trainer.max_steps=1",
+        "--trainer.callbacks=Curves",
+    )
     assert "Next: python main.py fit --config configs/linear_probe.yaml" in capsys.readouterr().out
-    run("fit", "softmax_regression", "--trainer.max_steps=1", "--trainer.callbacks=TQDMProgressBar", "--trainer.logger=false")
+    run(
+        "fit",
+        "softmax_regression",
+        "--trainer.max_steps=1",
+        "--trainer.callbacks=TQDMProgressBar",
+        "--trainer.logger=false",
+    )
     assert "without a logger nothing is written" in capsys.readouterr().out
 
 
 def test_a_batch_whose_pairs_fill_the_memory_is_worked_on_in_blocks(run, monkeypatch, capsys):
-    options = ["--trainer.max_steps=3", "--model.encoder.widths=[8,8,8]", "--trainer.precision=64-true", "--model.loss=SupConLoss"]
+    options = [
+        "--trainer.max_steps=3",
+        "--model.encoder.widths=[8,8,8]",
+        "--trainer.precision=64-true",
+        "--model.loss=SupConLoss",
+    ]
     whole = run("fit", "triplet_encoder", *options)
     assert "blocks" not in capsys.readouterr().out
     for module in ("triplets", "triplet_encoder"):

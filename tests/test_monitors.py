@@ -11,8 +11,9 @@ import torch
 from conftest import CONFIGS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks.mining_monitor import MiningMonitor, diagnose, effective_rank, measure
+from callbacks.mining_monitor import MiningMonitor
 from lightning_modules import losses
+from lightning_modules.mining import diagnose, effective_rank, measure
 from main import main
 
 SMALL = "--model.encoder.init_args.widths=[8,8,8]"
@@ -27,7 +28,11 @@ def fit(tmp_path):
         options = f"MiningMonitor\n      init_args: {{every_n_steps: 1, patience: 2, stop: {str(stop).lower()}}}"
         (tmp_path / "config.yaml").write_text(text.replace("MiningMonitor", options))
         args = ["--config", str(tmp_path / "config.yaml"), "--data=DigitsDataModule", "--data.batch_size=64", SMALL]
-        args += [f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
+        args += [
+            f"--trainer.logger.save_dir={tmp_path / 'runs'}",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=1",
+        ]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             cli = main(["fit", *args, *more])
@@ -47,7 +52,10 @@ def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
     assert not set(events.Tags()["scalars"]) & set(events.Tags()["histograms"])  # TensorBoard shows a tag as one kind
     assert {"active", "rank", "knn"} <= set(cli.trainer.progress_bar_metrics)
     assert len(events.Scalars("mining/active")) == 16
-    sample = {f"val_sample/{n}" for n in ("knn_accuracy", "precision_at_1", "r_precision", "map_at_r", "alignment", "uniformity")}
+    sample = {
+        f"val_sample/{n}"
+        for n in ("knn_accuracy", "precision_at_1", "r_precision", "map_at_r", "alignment", "uniformity")
+    }
     assert sample <= set(events.Tags()["scalars"])
     assert events.Scalars("mining/active")[-1].value < events.Scalars("mining/active")[0].value
     assert events.Scalars("val_sample/knn_accuracy")[-1].value > 0.5
@@ -74,7 +82,10 @@ def test_what_is_wrong_is_said_once_with_what_to_change(fit, options, words):
 @pytest.mark.parametrize(
     "loss, words",
     [
-        (["TripletMarginLoss", "triplets=all", "distance=EuclideanDistance", "distance.normalize=true"], "pinned at the margin 1"),
+        (
+            ["TripletMarginLoss", "triplets=all", "distance=EuclideanDistance", "distance.normalize=true"],
+            "pinned at the margin 1",
+        ),
         (["SoftMarginTripletLoss", "triplets=random", "distance=CosineDistance"], "pinned at ln 2"),
         (["LMNNLoss"], "hardly tell classes apart"),
         (["MultiNegativeLoss"], "hardly tell classes apart"),
@@ -85,22 +96,43 @@ def test_labels_that_say_nothing_about_the_images(fit, tiny, loss, words):
     with np.load(tiny / "cifar10_train.npz") as file:
         np.savez(tiny / "cifar10_train.npz", images=file["images"], labels=rng.integers(0, 10, len(file["labels"])))
     data = ["--data=CIFAR10DataModule", f"--data.root={tiny}", "--data.val_size=50", "--data.batch_size=60"]
-    _, said = fit(f"--model.loss={loss[0]}", *(f"--model.loss.{x}" for x in loss[1:]), *data, "--model.lr=1e-6", "--trainer.max_epochs=4")
+    _, said = fit(
+        f"--model.loss={loss[0]}",
+        *(f"--model.loss.{x}" for x in loss[1:]),
+        *data,
+        "--model.lr=1e-6",
+        "--trainer.max_epochs=4",
+    )
     assert len(said) == 1 and words in said[0] and "lower model.lr" in said[0]
 
 
 def test_nothing_active_any_more(fit):
     # Two classes that are told apart at once.
-    options = ["--data.classes=[0,1]", "--data.batch_size=32", "--model.loss=TripletMarginLoss", "--model.loss.triplets=all"]
+    options = [
+        "--data.classes=[0,1]",
+        "--data.batch_size=32",
+        "--model.loss=TripletMarginLoss",
+        "--model.loss.triplets=all",
+    ]
     cli, said = fit(*options, "--model.loss.margin=0.1", "--model.lr=0.05", "--trainer.max_epochs=20", stop=True)
     assert len(said) == 1 and "nothing is active any more" in said[0]
     assert cli.trainer.current_epoch < 20  # stopped
 
 
 def test_what_semihard_mining_leaves_out_is_said(fit):
-    sphere = ["--model.loss.distance=EuclideanDistance", "--model.loss.distance.normalize=true", "--model.loss.margin=0.5"]
+    sphere = [
+        "--model.loss.distance=EuclideanDistance",
+        "--model.loss.distance.normalize=true",
+        "--model.loss.margin=0.5",
+    ]
     # A rate at which the classes stay on each other.
-    _, said = fit("--model.loss=TripletMarginLoss", "--model.loss.triplets=semihard", *sphere, "--model.lr=1e-6", "--trainer.max_epochs=2")
+    _, said = fit(
+        "--model.loss=TripletMarginLoss",
+        "--model.loss.triplets=semihard",
+        *sphere,
+        "--model.lr=1e-6",
+        "--trainer.max_epochs=2",
+    )
     assert len(said) == 1 and "semi-hard mining leaves out" in said[0] and "choose triplets: all" in said[0]
 
 
@@ -123,7 +155,15 @@ def test_a_batch_of_one_class_is_said(tmp_path):
 
 
 def test_a_loss_that_passes_its_margin_on_the_way_down_is_not_pinned():
-    healthy = {"triplets": 9, "relative_spread": 1, "effective_rank": 5, "active": 0.3, "misordered": 0.2, "positive": 0.8, "negative": 1.2}
+    healthy = {
+        "triplets": 9,
+        "relative_spread": 1,
+        "effective_rank": 5,
+        "active": 0.3,
+        "misordered": 0.2,
+        "positive": 0.8,
+        "negative": 1.2,
+    }
     assert diagnose(losses.TripletMarginLoss("hard", 0.5), healthy, 0.5) == {}
     assert "pinned" in diagnose(losses.TripletMarginLoss("hard", 0.5), {**healthy, "positive": 1.19}, 0.5)
 
@@ -150,13 +190,18 @@ def test_measured_share_of_active_triplets_is_a_count():
     assert len(histograms["d_ap"]) + len(histograms["d_an"]) == 12 * 11
 
 
-@pytest.mark.parametrize("callback, option", [("MiningMonitor", "every_n_steps"), ("MiningMonitor", "patience"), ("RetrievalMonitor", "bank")])
+@pytest.mark.parametrize(
+    "callback, option",
+    [("MiningMonitor", "every_n_steps"), ("MiningMonitor", "patience"), ("RetrievalMonitor", "bank")],
+)
 def test_impossible_options(tmp_path, refused, callback, option):
     text = (CONFIGS / "triplet_encoder.yaml").read_text()
     (tmp_path / "bad.yaml").write_text(text.replace(f"{callback}\n", f"{callback}\n      init_args: {{{option}: 0}}\n"))
     if callback == "RetrievalMonitor":
         (tmp_path / "bad.yaml").write_text(text.rstrip() + f"\n      init_args: {{{option}: 0}}\n")
-    refused("fit", "triplet_encoder", f"--config={tmp_path / 'bad.yaml'}", words=[f"{callback} {option} 0", "at least 1"])
+    refused(
+        "fit", "triplet_encoder", f"--config={tmp_path / 'bad.yaml'}", words=[f"{callback} {option} 0", "at least 1"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import re
 import sys
 
 import pytest
-
 from conftest import CONFIGS
+
 from main import main
 
 PAGE = (CONFIGS.parent / "CONTRIBUTING.md").read_text()
@@ -41,4 +41,9 @@ def test_a_probe_of_an_own_encoder_is_tested_and_wants_its_module(commands, run,
     assert type(cli.model.encoder).__name__ == "Mine"
     exported = main(["export", f"--ckpt_path={cli.checkpoint}", "--format=safetensors", "--encoder_module=mine"])
     assert exported.name == "classifier.safetensors" and exported.is_file()
-    refused("fit", "linear_probe", "--frozen_encoder.encoder_module=nowhere", words=["frozen_encoder.encoder_module nowhere", "cannot be imported"])
+    refused(
+        "fit",
+        "linear_probe",
+        "--frozen_encoder.encoder_module=nowhere",
+        words=["frozen_encoder.encoder_module nowhere", "cannot be imported"],
+    )

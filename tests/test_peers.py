@@ -10,9 +10,9 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.neighbors import KNeighborsClassifier
 
 from lightning_modules import losses
-from lightning_modules.distances import CosineDistance, EuclideanDistance
+from lightning_modules.losses.distances import CosineDistance, EuclideanDistance
+from lightning_modules.losses.triplets import active_counts
 from lightning_modules.retrieval import STATISTICS, retrieval_statistics
-from lightning_modules.triplets import active_counts
 
 MARGIN = 0.2
 SPHERE = EuclideanDistance(normalize=True)  # the peer's default distance
@@ -85,7 +85,11 @@ def test_nearest_neighbours_and_retrieval(queries, bank):
         device=torch.device("cpu"),
     )
     theirs = calculator.get_accuracy(x, y, ref, ref_labels, ref_includes_query=False)
-    for ours, name in (("precision_at_1", "precision_at_1"), ("r_precision", "r_precision"), ("map_at_r", "mean_average_precision_at_r")):
+    for ours, name in (
+        ("precision_at_1", "precision_at_1"),
+        ("r_precision", "r_precision"),
+        ("map_at_r", "mean_average_precision_at_r"),
+    ):
         assert float(found[ours].mean()) == pytest.approx(theirs[name], abs=1e-6)
     assert 0 < float(found["map_at_r"].mean()) < 1
 

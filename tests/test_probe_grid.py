@@ -50,7 +50,9 @@ def test_test_and_predict_follow_the_choice(encoder_run, run):
     images, labels = cli.datamodule.split("test")
     model = cli.model.eval()
     with torch.no_grad():
-        features = (model.encoder.embed(images.permute(0, 3, 1, 2).float() / 255) - model.feature_mean) / model.feature_std
+        features = (
+            model.encoder.embed(images.permute(0, 3, 1, 2).float() / 255) - model.feature_mean
+        ) / model.feature_std
         logits = features @ model.head.weights[chosen].T + model.head.biases[chosen]
     assert float(found["test/accuracy"]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     run("predict", "linear_probe", *GRID, "--ckpt_path=best")

@@ -12,7 +12,9 @@ from datamodules.arrays import ImageSet, read_npz, select_classes, stratified_sp
 from datamodules.loader import BatchLoader
 from errors import InputError
 
-settings.register_profile("calm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.register_profile(
+    "calm", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("calm")
 
 labels_of = st.lists(st.integers(0, 5), min_size=2, max_size=120).map(torch.tensor)
@@ -46,14 +48,25 @@ def numbered(count):
     return images, torch.arange(count)
 
 
-@given(st.integers(4, 40), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2**31), st.booleans(), st.integers(0, 3), st.integers(0, 12))
+@given(
+    st.integers(4, 40),
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.integers(0, 3),
+    st.integers(0, 2**31),
+    st.booleans(),
+    st.integers(0, 3),
+    st.integers(0, 12),
+)
 @settings(max_examples=60)
 def test_processes_see_together_what_one_sees(count, world_size, share, epoch, seed, flip, translate, cutout):
     batch_size = world_size * share
     options = dict(batch_size=batch_size, seed=seed, flip=flip, translate=translate, cutout=cutout)
     images = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
     loaders = [BatchLoader(images, torch.arange(count), **options)]
-    loaders += [BatchLoader(images, torch.arange(count), **options, rank=r, world_size=world_size) for r in range(world_size)]
+    loaders += [
+        BatchLoader(images, torch.arange(count), **options, rank=r, world_size=world_size) for r in range(world_size)
+    ]
     for loader in loaders:
         loader.set_epoch(epoch)
     alone, *ranks = ([*loader] for loader in loaders)
@@ -108,11 +121,15 @@ def test_an_augmented_image_is_the_image_moved_and_mirrored(seed, translate, fli
         padded = np.pad(images[label], ((translate, translate), (translate, translate), (0, 0)), mode="reflect")
         steps = range(2 * translate + 1)
         crops = [padded[y : y + 32, x : x + 32] for y in steps for x in steps]
-        assert any(np.array_equal(pixels, way) for crop in crops for way in ((crop, crop[:, ::-1]) if flip else (crop,)))
+        assert any(
+            np.array_equal(pixels, way) for crop in crops for way in ((crop, crop[:, ::-1]) if flip else (crop,))
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if "random" not in name])
-@given(seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 1.0, 1e3]), classes=st.integers(1, 6), same=st.booleans())
+@given(
+    seed=st.integers(0, 2**31), scale=st.sampled_from([1e-3, 1.0, 1e3]), classes=st.integers(1, 6), same=st.booleans()
+)
 @settings(max_examples=15)
 def test_a_loss_does_not_depend_on_order_or_names_and_has_a_finite_gradient(name, seed, scale, classes, same):
     generator = torch.Generator().manual_seed(seed)

@@ -32,21 +32,36 @@ def test_results(ladder):
     rows = json.loads((ladder / "results.json").read_text())
     assert [row["stage"] for row in rows] == STAGES
     for row in rows:
-        assert set(row) == {"stage", "val_accuracy", "test_accuracy", "val_std", "test_std", "seconds", "fit_seconds", "report"}
-        assert 0 < row["val_accuracy"] <= 1 and 0 < row["test_accuracy"] <= 1 and 0 < row["fit_seconds"] < row["seconds"]
+        assert set(row) == {
+            "stage",
+            "val_accuracy",
+            "test_accuracy",
+            "val_std",
+            "test_std",
+            "seconds",
+            "fit_seconds",
+            "report",
+        }
+        assert (
+            0 < row["val_accuracy"] <= 1 and 0 < row["test_accuracy"] <= 1 and 0 < row["fit_seconds"] < row["seconds"]
+        )
         assert row["val_std"] >= 0 and row["test_std"] >= 0
         assert row["report"] is None  # the report's figures are CIFAR-10's
     table = (ladder / "results.md").read_text()
     assert all(f"| {stage} |" in table for stage in STAGES)
     assert (ladder / "results.png").read_bytes().startswith(b"\x89PNG")
     page = Page((ladder / "report.html").read_text(encoding="utf-8"))
-    assert len(page.images) == 3 and all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in page.images)
+    assert len(page.images) == 3 and all(
+        image["alt"] and image["src"].startswith("data:image/png;base64,") for image in page.images
+    )
     assert all(stage in page.text for stage in STAGES) and "TripletEncoder" in page.text
     assert f"python reproduce.py --data digits --seeds 2 --out {ladder}" in page.text
 
 
 def test_means_deviations_and_the_reports_figures():
-    one, two = ({stage: {"val": v, "test": v + 0.1, "seconds": 1.0, "fit_seconds": v} for stage in STAGES} for v in (0.4, 0.6))
+    one, two = (
+        {stage: {"val": v, "test": v + 0.1, "seconds": 1.0, "fit_seconds": v} for stage in STAGES} for v in (0.4, 0.6)
+    )
     row = reproduce.summarise([one, two], report=True)[0]
     assert row["val_accuracy"] == pytest.approx(0.5) and row["test_accuracy"] == pytest.approx(0.6)
     assert row["fit_seconds"] == pytest.approx(0.5)
@@ -90,7 +105,12 @@ def test_goes_on_at_the_first_stage_that_has_not_finished(ladder, tmp_path, monk
 
 
 def test_goes_on_within_a_fit_that_was_killed(tmp_path, monkeypatch):
-    often = ["--data.batch_size=128", "--trainer.max_epochs=3", "--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps=3"]
+    often = [
+        "--data.batch_size=128",
+        "--trainer.max_epochs=3",
+        "--trainer.callbacks+=LastCheckpoint",
+        "--trainer.callbacks.every_n_steps=3",
+    ]
     options = 0, ["--data=DigitsDataModule", "--trainer.accelerator=cpu"], {"softmax_regression": often}
     whole, killed = (reproduce.Ladder(tmp_path / name, *options) for name in ("whole", "killed"))
     expected = whole._classifier("softmax_regression")

@@ -14,7 +14,12 @@ from lightning_modules.stage import Triangle
 def fit(model, data=None, **options):
     torch.manual_seed(0)
     data = data or DigitsDataModule(translate=0, batch_size=359)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     trainer = Trainer(**{"accelerator": "cpu", "max_epochs": 1, "num_sanity_val_steps": 0, **quiet, **options})
     trainer.fit(model, datamodule=data)
     return trainer
@@ -54,7 +59,9 @@ def test_logged_validation_metrics_are_those_of_all_validation_images():
     trainer = fit(model, data)
     x, y = data.split("val")
     logits = model(x.permute(0, 3, 1, 2).float() / 255).detach()
-    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(float((logits.argmax(1) == y).float().mean()))
+    assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(
+        float((logits.argmax(1) == y).float().mean())
+    )
     expected = float(torch.nn.functional.cross_entropy(logits, y))
     assert float(trainer.callback_metrics["val/loss"]) == pytest.approx(expected, rel=1e-5)
 

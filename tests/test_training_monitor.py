@@ -22,9 +22,23 @@ def test_speed_gradient_norm_and_rate_are_logged_every_so_many_steps(run, events
     assert all(e.value > 0 for e in found.Scalars("step/images_per_s"))
     assert all(e.value == pytest.approx(cli.model.lr) for e in found.Scalars("step/lr"))
     # Of plain SGD's last two steps, the one logged moved the weights by lr × the norm.
-    again = run("fit", "softmax_regression", *CONFIG, "--model.schedule=constant", "--model.l2_lambda=0", "--trainer.max_steps=13")
+    again = run(
+        "fit",
+        "softmax_regression",
+        *CONFIG,
+        "--model.schedule=constant",
+        "--model.l2_lambda=0",
+        "--trainer.max_steps=13",
+    )
     before = torch.cat([p.detach().flatten() for p in again.model.parameters()])
-    again = run("fit", "softmax_regression", *CONFIG, "--model.schedule=constant", "--model.l2_lambda=0", "--trainer.max_steps=14")
+    again = run(
+        "fit",
+        "softmax_regression",
+        *CONFIG,
+        "--model.schedule=constant",
+        "--model.l2_lambda=0",
+        "--trainer.max_steps=14",
+    )
     after = torch.cat([p.detach().flatten() for p in again.model.parameters()])
     norm = found.Scalars("step/gradient_norm")[-1].value
     assert float((after - before).norm()) == pytest.approx(again.model.lr * norm, rel=1e-3)

@@ -15,13 +15,19 @@ SMALL = "--model.encoder.init_args.widths=[8,8,8]"
 HUGE = "--model.lr=1e30"
 
 
-@pytest.mark.parametrize("stage", ["softmax_regression", "logistic_regression", "triplet_encoder", "supervised_encoder", "linear_probe", "mlp_probe"])
+@pytest.mark.parametrize(
+    "stage",
+    ["softmax_regression", "logistic_regression", "triplet_encoder", "supervised_encoder", "linear_probe", "mlp_probe"],
+)
 def test_a_loss_that_is_not_finite_ends_the_fit_with_the_last_good_checkpoint(tmp_path, run, stage):
     options = {"logistic_regression": ["--data.classes=[0,1]", "--data.batch_size=10"]}.get(stage, [])
     options += [SMALL] if "encoder" in stage else []
     if "probe" in stage:
         run("fit", "triplet_encoder", SMALL)
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+ \(learning rate .*\): start anew with a lower model.lr.*step0.ckpt") as found:
+    with pytest.raises(
+        InputError,
+        match=r"the loss is (nan|inf) at step \d+ \(learning rate .*\): start anew with a lower model.lr.*step0.ckpt",
+    ) as found:
         run("fit", stage, *options, HUGE, "--trainer.precision=32-true")
     folder = tmp_path / "runs" / stage / "version_0" / "checkpoints"
     assert str(folder) in str(found.value) and [p.name for p in folder.iterdir()] == ["step0.ckpt"]
@@ -97,7 +103,11 @@ def test_hard_data_trains_without_surprises(options, bar, kind):
     data = Made(**options)
     args = dict(num_classes=data.num_classes, lr=0.1, weight_decay=1e-4)
     encoder = FastEncoder([16, 32, 32])
-    model = TripletEncoder(encoder, MultiNegativeLoss(), **args) if kind == "triplet" else SupervisedEncoder(encoder, **args)
+    model = (
+        TripletEncoder(encoder, MultiNegativeLoss(), **args)
+        if kind == "triplet"
+        else SupervisedEncoder(encoder, **args)
+    )
     trainer = Trainer(
         max_steps=120, max_epochs=-1, precision="32-true", accelerator="cpu", logger=False, log_every_n_steps=1,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,

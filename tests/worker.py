@@ -45,11 +45,15 @@ LOSSES = {
     "LMNN": LMNNLoss,
     "LMNN, Mahalanobis": lambda: LMNNLoss(distance=MahalanobisDistance(dim=8, squared=True)),
     **{
-        f"margin, {triplets}, {name}": lambda triplets=triplets, distance=distance: TripletMarginLoss(triplets, 0.5, distance())
+        f"margin, {triplets}, {name}": lambda triplets=triplets, distance=distance: TripletMarginLoss(
+            triplets, 0.5, distance()
+        )
         for triplets, (name, distance) in itertools.product(("random", "hard", "semihard", "all"), DISTANCES.items())
     },
     **{
-        f"soft margin, {triplets}, {name}": lambda triplets=triplets, distance=distance: SoftMarginTripletLoss(triplets, distance())
+        f"soft margin, {triplets}, {name}": lambda triplets=triplets, distance=distance: SoftMarginTripletLoss(
+            triplets, distance()
+        )
         for triplets, (name, distance) in itertools.product(("random", "hard"), DISTANCES.items())
     },
 }

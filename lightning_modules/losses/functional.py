@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_modules.triplets import active_counts, anchor_blocks, pair_masks
+from lightning_modules.losses.triplets import active_counts, anchor_blocks, pair_masks
 
 
 def triplet_margin_loss(positive: Tensor, negative: Tensor, margin: float) -> Tensor:
@@ -42,9 +42,7 @@ def dense_triplet_margin_loss(
     return total / active.clamp_min(1) + (active > 0).to(z.dtype) * margin
 
 
-def lmnn_loss(
-    z: Tensor, labels: Tensor, margin: float, push: float, neighbours: int, distance: nn.Module
-) -> Tensor:
+def lmnn_loss(z: Tensor, labels: Tensor, margin: float, push: float, neighbours: int, distance: nn.Module) -> Tensor:
     """Large margin nearest neighbour: pull the target neighbours, push the impostors inside their margin.
 
     (1 − μ) Σ_{i,j} d(i, j) + μ Σ_{i,j,l} max(0, margin + d(i, j) − d(i, l)), j over the `neighbours` nearest of i's
@@ -56,8 +54,12 @@ def lmnn_loss(
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
         distances = distance_matrix(distance, z, block)
         positive, negative = pair_masks(labels, block)
-        nearest = distances.detach().masked_fill(~positive, float("inf")).topk(min(neighbours, len(labels)), 1, largest=False)
-        targets = torch.zeros_like(distances).scatter_(1, nearest.indices, nearest.values.isfinite().to(distances.dtype))
+        nearest = (
+            distances.detach().masked_fill(~positive, float("inf")).topk(min(neighbours, len(labels)), 1, largest=False)
+        )
+        targets = torch.zeros_like(distances).scatter_(
+            1, nearest.indices, nearest.values.isfinite().to(distances.dtype)
+        )
         targets = targets * negative.any(1, keepdim=True)
         counts = active_counts(distances, labels, margin, neighbours=neighbours, block=block)
         total = ((1 - push) * targets + push * counts).mul(distances).sum() + push * margin * counts.clamp_min(0).sum()

@@ -9,7 +9,7 @@ from torchvision import models
 from torchvision.models import get_model, list_models
 
 from errors import InputError, first_line
-from lightning_modules.encoders import Encoder
+from lightning_modules.encoders.contract import Encoder
 
 
 class TorchvisionEncoder(Encoder):
@@ -41,7 +41,9 @@ class TorchvisionEncoder(Encoder):
             self.net.maxpool = nn.Identity()
         linear = [name for name, module in self.net.named_modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise InputError(f"TorchvisionEncoder model {model}: ends in no linear layer whose inputs could be features")
+            raise InputError(
+                f"TorchvisionEncoder model {model}: ends in no linear layer whose inputs could be features"
+            )
         parent, _, last = linear[-1].rpartition(".")
         self.feature_dim = self.net.get_submodule(linear[-1]).in_features
         setattr(self.net.get_submodule(parent), last, nn.Identity())
@@ -54,7 +56,9 @@ class TorchvisionEncoder(Encoder):
         try:
             found = self.eval()(torch.zeros(1, 3, 32, 32))
         except (RuntimeError, AssertionError, ValueError) as error:
-            raise InputError(f"TorchvisionEncoder model {model}: {hint} ({first_line(error)}); give image_size: 224") from error
+            raise InputError(
+                f"TorchvisionEncoder model {model}: {hint} ({first_line(error)}); give image_size: 224"
+            ) from error
         if not isinstance(found, Tensor) or found.shape != (1, self.feature_dim):
             raise InputError(f"TorchvisionEncoder model {model}: {hint}; choose a classification model")
         self.train()

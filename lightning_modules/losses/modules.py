@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
-from lightning_modules.distances import CosineDistance, EuclideanDistance
-from lightning_modules.functional import (
+from lightning_modules.losses.distances import CosineDistance, EuclideanDistance
+from lightning_modules.losses.functional import (
     dense_triplet_margin_loss,
     distance_matrix,
     lmnn_loss,
@@ -24,7 +24,7 @@ from lightning_modules.functional import (
     supcon_loss,
     triplet_margin_loss,
 )
-from lightning_modules.triplets import anchor_blocks, hardest_triplets, random_triplets
+from lightning_modules.losses.triplets import anchor_blocks, hardest_triplets, random_triplets
 
 
 class BatchLoss(nn.Module):

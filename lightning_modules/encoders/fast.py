@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import InputError
-from lightning_modules.encoders import Encoder, positive
+from lightning_modules.encoders.contract import Encoder, positive
 
 
 class FastEncoder(Encoder):
@@ -23,9 +23,7 @@ class FastEncoder(Encoder):
             section 4 of the same paper).
     """
 
-    def __init__(
-        self, widths: list[int] = [32, 64, 256], whitening_eps: float = 1e-2, residual: bool = False
-    ) -> None:
+    def __init__(self, widths: list[int] = [32, 64, 256], whitening_eps: float = 1e-2, residual: bool = False) -> None:
         super().__init__(widths=list(widths), whitening_eps=whitening_eps, **({"residual": True} if residual else {}))
         if len(widths) != 3:
             raise InputError(f"FastEncoder widths {widths}: give the widths of three blocks, e.g. [32, 64, 256]")
@@ -44,7 +42,9 @@ class FastEncoder(Encoder):
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
         super().initialize(images)
-        weight = whitening_filters(images[:5000].permute(0, 3, 1, 2).float() / 255, self.mean, self.std, self.whitening_eps)
+        weight = whitening_filters(
+            images[:5000].permute(0, 3, 1, 2).float() / 255, self.mean, self.std, self.whitening_eps
+        )
         # Each direction in both signs, since the GELU behind it keeps one side (airbench94).
         self.whiten.weight.copy_(torch.cat([weight, -weight]))
 

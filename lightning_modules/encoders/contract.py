@@ -31,7 +31,7 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.ones(3, 1, 1))
         self.register_buffer("mirror", torch.tensor(False))
         self.register_buffer("shift", torch.tensor(0))
-        self._compiled: Callable[["Encoder", Tensor], Tensor] | None = None
+        self._compiled: Callable[[Encoder, Tensor], Tensor] | None = None
         self._memory_format = torch.channels_last
 
     def run_as(self, channels_last: bool = True, compile_mode: CompileMode | None = None) -> "Encoder":
@@ -78,7 +78,9 @@ class Encoder(nn.Module):
             return self._compiled(self, images)
         except torch._dynamo.exc.TorchDynamoException as error:
             why = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"model.compile_mode: this encoder cannot be compiled here ({why}); leave the option out") from error
+            raise InputError(
+                f"model.compile_mode: this encoder cannot be compiled here ({why}); leave the option out"
+            ) from error
 
     def embed(self, images: Tensor, shifted: bool = True) -> Tensor:
         """What kNN, pictures and a probe's evaluation read: (B, `feature_dim`) float32, the mean over the image's views
@@ -104,7 +106,11 @@ class Encoder(nn.Module):
 
 def view_list(mirror: bool, shift: int) -> list[tuple[bool, int]]:
     """The views of an image that `Encoder.embed` averages: mirrored or not, moved by so many pixels in x and y alike."""
-    return [(mirrored, moved) for moved in ((0, shift, -shift) if shift else (0,)) for mirrored in ((False, True) if mirror else (False,))]
+    return [
+        (mirrored, moved)
+        for moved in ((0, shift, -shift) if shift else (0,))
+        for mirrored in ((False, True) if mirror else (False,))
+    ]
 
 
 def view(images: Tensor, mirrored: bool, moved: int) -> Tensor:
@@ -117,33 +123,15 @@ def view(images: Tensor, mirrored: bool, moved: int) -> Tensor:
     return images
 
 
-class ReportEncoder(Encoder):
-    """The two-convolution network of the report this project grew from, layer for layer; 5.3 million weights.
-
-    Conv 3→32, ReLU, max-pool, conv 32→64, ReLU, max-pool, linear 4096→1024, ReLU, linear 1024→512, ReLU, and a linear
-    layer to `feature_dim`, the report's `z_dim`. Trained with `z_dim: null`, its loss reads these features themselves.
-    """
-
-    def __init__(self, feature_dim: int = 32) -> None:
-        super().__init__(feature_dim=feature_dim)
-        self.feature_dim = positive("feature_dim", feature_dim)
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(4096, 1024), nn.ReLU(), nn.Linear(1024, 512), nn.ReLU(),
-            nn.Linear(512, feature_dim),
-        )  # fmt: skip
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.net(images)
-
-
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (3,) each, in [0, 1], of images (N, 32, 32, 3) uint8. A flat channel gets std 1."""
     # From a histogram of the 256 levels: exact, and no float copy of the images.
     levels = torch.arange(256, dtype=torch.float64) / 255
     # Block by block: bincount makes eight bytes of each.
-    blocks = (torch.stack([block[..., c].flatten().bincount(minlength=256) for c in range(3)]) for block in images.split(10_000))
+    blocks = (
+        torch.stack([block[..., c].flatten().bincount(minlength=256) for c in range(3)])
+        for block in images.split(10_000)
+    )
     counts = sum(blocks).cpu().double()
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
