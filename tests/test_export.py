@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from callbacks.checkpoints import load_checkpoint
 
 import export as export_module
-from callbacks.checkpoints import load_checkpoint
 from callbacks.frozen_encoder import encoder_from_checkpoint
 from main import main, one_line
 

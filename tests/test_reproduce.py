@@ -5,12 +5,12 @@ import shutil
 import signal
 
 import pytest
+from callbacks.checkpoints import load_checkpoint
 from test_killed import in_a_process, killer
 from test_report import Page
 
 import reproduce
 from callbacks import TSNE
-from callbacks.checkpoints import load_checkpoint
 from errors import InputError
 
 STAGES = list(reproduce.REPORT)
