@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import yaml
+from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder, write_atomically
 from jsonargparse import ArgumentError, ArgumentParser
 from pytorch_lightning import LightningDataModule
 from torch import Tensor, nn
 
-from callbacks.checkpoints import load_checkpoint, resolve_checkpoint, run_folder, write_atomically
 from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256, import_encoder_module
 from errors import InputError, first_line
 from lightning_modules.encoders.contract import Encoder, view, view_list

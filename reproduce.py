@@ -17,9 +17,9 @@ import sys
 import time
 from pathlib import Path
 
+from callbacks.checkpoints import FINISHED, newest_finished
 from matplotlib.figure import Figure
 
-from callbacks.checkpoints import FINISHED, newest_finished
 from callbacks.report import document, figure, table
 from errors import InputError
 from main import main, one_line
