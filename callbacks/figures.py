@@ -10,8 +10,8 @@ from torch import Tensor
 
 from run_folder import folder_of, write
 
-# Ten colours that colour-blind readers tell apart (M. A. Petroff, 2021). Each figure names its colours: no style is set,
-# which would hold for the whole process.
+# Ten colours that colour-blind readers tell apart (M. A. Petroff, 2021). Each figure names its colours, since a style
+# would hold for the whole process.
 COLOURS = matplotlib.color_sequences["petroff10"]
 # Up to so many classes: numbers in a confusion matrix, entries in a legend; names beside an axis.
 NUMBERED, NAMED = 20, 50
@@ -159,14 +159,14 @@ def draw_accuracies(rows: list[dict], title: str) -> Figure:
     return figure
 
 
-def draw_costs(rows: list[dict], title: str, fits: dict[str, float]) -> Figure:
-    """Test accuracy of each stage over its training time; `fits` has the seconds by stage, its encoder's included."""
+def draw_costs(rows: list[dict], title: str) -> Figure:
+    """Test accuracy of each stage over its `training_seconds`, its encoder's included."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for k, r in enumerate(rows):
         style = {"color": COLOURS[k % 10], "marker": "osD^vP*X<"[k % 9], "linestyle": "none", "markersize": 8}
         label, spread = r["stage"].replace("_", " "), r["test_std"] or 0
-        axes.errorbar(fits[r["stage"]], r["test_accuracy"], yerr=spread, label=label, **style)
+        axes.errorbar(r["training_seconds"], r["test_accuracy"], yerr=spread, label=label, **style)
     axes.set(xscale="log", xlabel="seconds of training, the encoder's included", ylim=(0, 1))
     axes.set(ylabel="test accuracy", title=title)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))

@@ -17,8 +17,8 @@ class Inspection(Callback):
     """Draws `confusion_matrix.png`, `reliability.png` and `errors.png` when a classifier is validated or tested.
 
     Logs the expected calibration error as `<split>/ece`. `errors.png` shows the errors of the highest confidence, each
-    with the training images nearest to it: by cosine in the encoder's features, or in pixels for a regression on pixels.
-    All go to TensorBoard too. Does nothing for a triplet encoder, which has no classes to err in.
+    with the nearest training images: by cosine in the encoder's features, or in pixels for a regression on pixels. All
+    go to TensorBoard too. Does nothing for a triplet encoder, which has no classes to err in.
 
     Args:
         bins: of confidence, equally wide.
@@ -40,23 +40,15 @@ class Inspection(Callback):
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if trainer.state.fn == "validate":
-            self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
-        if not isinstance(pl_module, TripletEncoder):
+        if trainer.state.fn != "fit" and not isinstance(pl_module, TripletEncoder):
             self._seen.append((pl_module.probabilities(outputs["output"]).cpu(), batch[1].cpu()))
 
+    on_test_batch_end = on_validation_batch_end
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._inspect(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inspect(trainer, pl_module, "test")
-
-    def _inspect(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if isinstance(pl_module, TripletEncoder):
+        if trainer.state.fn == "fit" or isinstance(pl_module, TripletEncoder):
             return
+        split = "val" if trainer.state.fn == "validate" else "test"
         # Each process has a contiguous block of the images, so their order is the order of the ranks.
         blocks = [block for rank in gather_objects(self._seen) for block in rank]
         self._seen = []
@@ -77,6 +69,8 @@ class Inspection(Callback):
             drawn["errors"] = figures.draw_gallery(self._gallery(trainer, pl_module, split, wrong, captions))
         for name, figure in drawn.items():
             figures.save(trainer, figure, f"{split}/{name}", f"{name}.png")
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def _gallery(self, trainer, pl_module, split: str, wrong: Tensor, captions: list[str]) -> list[list]:
         """A row for each image of `wrong` (M,): itself and its caption, then its neighbours and their classes."""

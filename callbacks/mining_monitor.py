@@ -14,13 +14,14 @@ LARGEST = 8192  # of a larger batch, the first so many embeddings are measured
 class MiningMonitor(Callback):
     """Measures the embeddings of a TripletEncoder's batch every so many steps, for TensorBoard and the progress bar.
 
-    `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none);
-    `mining/misordered`: share whose negative is nearer than the positive, a half by chance; `mining/ignored`: their share
-    of the active ones, which semi-hard mining leaves out;
-    `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n) (histograms: `mining/d_ap`, `mining/d_an`);
-    `mining/norm`: mean norm of the embeddings; `mining/spread`: mean standard deviation of a dimension (histogram:
-    `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Warns once of what `diagnose` finds.
-    Does nothing for other stages.
+    - `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none).
+    - `mining/misordered`: share of them whose negative is nearer than the positive, a half by chance; `mining/ignored`:
+      the same share of the active ones, which semi-hard mining leaves out.
+    - `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n); histograms `mining/d_ap`, `mining/d_an`.
+    - `mining/norm`: mean norm; `mining/spread`: mean standard deviation of a dimension, with histogram
+      `mining/spread_by_dimension`; `mining/effective_rank`: see `effective_rank`.
+
+    Warns once of what `diagnose` finds wrong. Does nothing for other stages.
 
     Args:
         every_n_steps: steps between two measurements.

@@ -33,9 +33,8 @@ class PredictionWriter(Callback):
         if not trainer.loggers:
             raise InputError("predict writes into a run folder: leave --trainer.logger on")
         if self.features and not hasattr(pl_module, "encoder"):
-            raise InputError(
-                f"prediction_writer.features: {type(pl_module).__name__} has no encoder; leave the option out"
-            )
+            stage = type(pl_module).__name__
+            raise InputError(f"prediction_writer.features: {stage} has no encoder; leave the option out")
 
     def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch, batch_idx, dataloader_idx=0) -> None:
         features = None
@@ -55,24 +54,23 @@ class PredictionWriter(Callback):
         if self.features:
             arrays = {"features": torch.cat(features).numpy()}
             write(folder / "features.npz", lambda file: np.savez(file, **arrays))
-        rows = [
-            (i, c, pl_module.class_names[c], p) for i, (c, p) in enumerate(zip(labels.tolist(), probabilities.tolist()))
-        ]
-        write(folder / "predictions.csv", self._text(rows, trainer.datamodule.test_files))
-        shown = [f"| {i} | {name} | {p:.3f} |" for i, _, name, p in rows[:100]]
+        names, files = pl_module.class_names, trainer.datamodule.test_files
+        columns = {
+            "index": range(len(labels)),
+            "label": labels.tolist(),
+            "class_name": [names[label] for label in labels.tolist()],
+            "probability": [f"{p:.6f}" for p in probabilities.tolist()],
+            **({"file": files} if files else {}),
+        }
+        text = io.StringIO()
+        rows = zip(columns["label"]) if self.labels_only else [columns, *zip(*columns.values())]
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write(folder / "predictions.csv", text.getvalue())
+        first = zip(columns["index"][:100], columns["class_name"], columns["probability"])
+        table = "| image | class | probability |\n|---|---|---|\n" + "\n".join(
+            f"| {i} | {c} | {p} |" for i, c, p in first
+        )
         for logger in tensorboards(trainer):
-            table = "\n".join(["| image | class | probability |", "|---|---|---|", *shown])
             logger.experiment.add_text("predictions (first 100)", table)
             logger.experiment.add_histogram("predictions/label", labels)
             logger.experiment.add_histogram("predictions/probability", probabilities)
-
-    def _text(self, rows: list[tuple[int, int, str, float]], files: list[str] | None) -> str:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if self.labels_only:
-            writer.writerows([label] for _, label, _, _ in rows)
-        else:
-            writer.writerow(["index", "label", "class_name", "probability", *(["file"] if files else [])])
-            for i, label, name, p in rows:
-                writer.writerow([i, label, name, f"{p:.6f}", *(files[i : i + 1] if files else [])])
-        return text.getvalue()

@@ -11,8 +11,8 @@ from tqdm import tqdm
 class Progress(TQDMProgressBar):
     """Lightning's bar with stage and epoch, loss, validation accuracy, the time left of the whole fit, and images/s.
 
-    Epochs count from 1. What is last in the line is cut where a terminal is narrower. The validations of a fit have no bar
-    of their own, which would take a second line.
+    Epochs count from 1. A narrower terminal cuts the line's end. The validations of a fit have no bar of their own,
+    which would take a second line.
     """
 
     def init_train_tqdm(self) -> tqdm:

@@ -23,15 +23,16 @@ class Report(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (folder := folder_of(trainer)) is None:
             return
-        checkpoint, data = trainer.ckpt_path, trainer.datamodule
+        checkpoint, data, classes = trainer.ckpt_path, trainer.datamodule, pl_module.class_names
         run = (Run.of(Path(checkpoint)) if checkpoint else None) or Run(folder)
         tested = trainer.num_test_batches[0] * data.batch_size * trainer.world_size
         images = min(tested, len(data.split("test").labels))
-        names, metrics = pl_module.class_names, sorted(trainer.callback_metrics.items())
+        metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        rows = [(name, f"{value:.4f}", interval(name, value, images)) for name, value in metrics.items()]
         # Lightning notes by a leading underscore how it made the object.
         options = [f"{k} {v}" for k, v in data.hparams.items() if v is not None and k[0] != "_"]
         facts = {
-            "images": f"{images:,} of {len(names)} classes: {', '.join(names)}",
+            "images": f"{images:,} of {len(classes)} classes: {', '.join(classes)}",
             "data": f"{type(data).__name__}: {', '.join(options)}",
             "checkpoint": str(checkpoint),
         }
@@ -40,10 +41,7 @@ class Report(Callback):
         shown = {name: path for name in FIGURES for path in (folder / name, run.folder / name) if path.is_file()}
         config = Run(folder).config
         parts = [
-            table(
-                ["metric", "value", "95 % interval"],
-                [(k, f"{v:.4f}", interval(k, float(v), images)) for k, v in metrics],
-            ),
+            table(["metric", "value", "95 % interval"], rows),
             ("h2", "Data and run"),
             table([], facts.items()),
             *(figure(path, FIGURES[name]) for name, path in shown.items()),

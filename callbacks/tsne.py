@@ -17,11 +17,11 @@ from run_folder import Run, folder_of, load_checkpoint
 
 
 class TSNE(Callback):
-    """Draws a t-SNE (L. van der Maaten & G. Hinton, 2008; scikit-learn's) of an encoder's features after its fit, beside
-    one of the features before it (from the run's untrained checkpoint).
+    """Draws a t-SNE (L. van der Maaten & G. Hinton, 2008; scikit-learn's) of an encoder's features after its fit and
+    before it, from the run's untrained checkpoint.
 
-    The features after the fit go to TensorBoard's projector, each with its image, its class and the class of its nearest
-    neighbour. Does nothing for a stage that trains no encoder.
+    The features after the fit go to TensorBoard's projector too, each with its image, its class and the class of its
+    nearest neighbour. Does nothing for a stage that trains no encoder.
 
     Args:
         samples: training images to draw, equally many of each class where there are enough.
