@@ -3,8 +3,10 @@
 import csv
 import io
 import time
+from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_warn
 
 from callbacks.figures import draw_curves, save
@@ -29,12 +31,12 @@ class Curves(Callback):
         self._drawn_at = -DRAW_EVERY
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = folder_of(trainer)
-        if folder is not None and (folder / "metrics.csv").is_file():
-            rows, damaged = read_rows((folder / "metrics.csv").read_text(encoding="utf-8", errors="replace"))
+        path = self._path(trainer)
+        if path is not None and path.is_file():
+            rows, damaged = read_rows(path.read_text(encoding="utf-8", errors="replace"))
             self.rows = {step: row for step, row in rows.items() if step <= trainer.global_step}
             if damaged:
-                rank_zero_warn(f"{folder / 'metrics.csv'}: {damaged} damaged lines are dropped")
+                rank_zero_warn(f"{path}: damaged lines are dropped ({damaged})")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -42,20 +44,24 @@ class Curves(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, "train/", lr=trainer.optimizers[0].param_groups[0]["lr"])
-        if (folder := folder_of(trainer)) is not None:
+        if (path := self._path(trainer)) is not None:
             names = sorted({name for row in self.rows.values() for name in row} - {"epoch", "lr"})
             text = io.StringIO()
             writer = csv.DictWriter(text, ["step", "epoch", "lr", *names], lineterminator="\n")
             writer.writeheader()
             writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
-            write(folder / "metrics.csv", text.getvalue())
-            if self.pictures and time.monotonic() - self._drawn_at > DRAW_EVERY:
-                save(trainer, draw_curves(self.rows), file="curves.png")
-                self._drawn_at = time.monotonic()
+            write(path, text.getvalue())
+        if self.pictures and folder_of(trainer) is not None and time.monotonic() - self._drawn_at > DRAW_EVERY:
+            save(trainer, draw_curves(self.rows), file="curves.png")
+            self._drawn_at = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pictures and self.rows and folder_of(trainer) is not None:
             save(trainer, draw_curves(self.rows), "curves", "curves.png")
+
+    def _path(self, trainer: Trainer) -> Path | None:
+        folder, own = folder_of(trainer), not any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
+        return folder / "metrics.csv" if folder is not None and own else None  # CSVLogger writes one itself
 
     def _record(self, trainer: Trainer, prefix: str, **more: float) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}

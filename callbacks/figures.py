@@ -1,9 +1,12 @@
 """The figures of a run and of the whole ladder, and the way they take into a run's folder and TensorBoard."""
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
@@ -25,11 +28,14 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
 
 def save(trainer: Trainer, figure: Figure, tag: str | None = None, file: str | None = None) -> None:
     """Writes `figure` into the run's folder as the PNG `file`, and adds it to TensorBoard as `tag`."""
-    folder = folder_of(trainer)
+    figure.set_dpi(120)
+    canvas, folder = FigureCanvasAgg(figure), folder_of(trainer)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
     if file is not None and folder is not None:
-        write(folder / file, lambda png: figure.savefig(png, format="png", dpi=120))
+        write(folder / file, lambda png: imsave(png, pixels, format="png"))
     for logger in tensorboards(trainer) if tag is not None else ():
-        logger.experiment.add_figure(tag, figure, trainer.global_step)
+        logger.experiment.add_image(tag, pixels, trainer.global_step, dataformats="HWC")
 
 
 def draw_curves(rows: dict[int, dict[str, float]]) -> Figure:
@@ -95,13 +101,15 @@ def draw_reliability(confidence: Tensor, correct: Tensor, bins: int, error: floa
 def draw_gallery(rows: list[list[tuple[Tensor, str]]]) -> Figure:
     """A row for each error: its image and caption, then those of its neighbours; images (32, 32, 3) uint8."""
     columns = max(map(len, rows))
-    figure = Figure(figsize=(1.5 * columns + 0.5, 1.75 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for places, row in zip(grid, rows):
-        for axes, (image, caption) in zip(places, row):
-            axes.imshow(image.numpy())
-            axes.set_title(caption, fontsize=7)
-            axes.set(xticks=[], yticks=[])
+    figure = Figure(figsize=(1.4 * columns + 0.2, 1.7 * len(rows)), layout="constrained")
+    axes = figure.subplots()  # a grid of many axes takes seconds
+    for i, row in enumerate(rows):
+        for k, (image, caption) in enumerate(row):
+            left, top = 1.25 * k, 1.5 * i
+            axes.imshow(image.numpy(), extent=(left, left + 1, top + 1, top))
+            axes.text(left + 0.5, top - 0.04, caption, ha="center", va="bottom", fontsize=7)
+    axes.set(xlim=(-0.15, 1.25 * columns - 0.1), ylim=(1.5 * len(rows) - 0.5, -0.45))
+    axes.set_axis_off()
     if columns > 1:
         figure.suptitle("most confident errors, each with the nearest training images", fontsize=9)
     return figure
