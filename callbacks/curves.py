@@ -18,8 +18,8 @@ DRAW_EVERY = 60.0  # seconds: drawing takes longer than an epoch of a small stag
 class Curves(Callback):
     """Writes `metrics.csv`, a row for every step at which something was measured, after every epoch.
 
-    Draws `curves.png` at most once a minute and at the end of the fit, when it goes to TensorBoard too. A resumed run
-    keeps the rows that are there.
+    Draws `curves.png` once a minute and at the end of the fit, when it goes to TensorBoard too. A resumed run keeps the
+    rows that are there.
 
     Args:
         pictures: false: no `curves.png`.
@@ -28,10 +28,9 @@ class Curves(Callback):
     def __init__(self, pictures: bool = True) -> None:
         self.pictures = pictures
         self.rows: dict[int, dict[str, float]] = {}
-        self._drawn_at = -DRAW_EVERY
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self._path(trainer)
+        path, self._drawn_at = self._path(trainer), time.monotonic()
         if path is not None and path.is_file():
             rows, damaged = read_rows(path.read_text(encoding="utf-8", errors="replace"))
             self.rows = {step: row for step, row in rows.items() if step <= trainer.global_step}

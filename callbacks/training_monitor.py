@@ -48,9 +48,8 @@ class TrainingMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options = {"model": type(pl_module).__name__, **pl_module.hparams, **trainer.datamodule.hparams}
-        for option, attribute in (("encoder", "encoder"), ("loss", "loss_function")):
-            if hasattr(pl_module, attribute):
-                options[option] = type(getattr(pl_module, attribute)).__name__
+        parts = {"encoder": "encoder", "loss": "loss_function"}
+        options |= {k: type(getattr(pl_module, name)).__name__ for k, name in parts.items() if hasattr(pl_module, name)}
         # Lightning notes by a leading underscore how it made the objects.
         plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in options.items() if k[0] != "_"}
         metrics = {f"last/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}

@@ -12,7 +12,6 @@ from torch import Tensor
 from callbacks.figures import draw_tsne, save, tensorboards
 from errors import require
 from lightning_modules.encoder_stage import EncoderStage
-from lightning_modules.encoders import Encoder
 from run_folder import Run, folder_of, load_checkpoint
 
 
@@ -42,13 +41,14 @@ class TSNE(Callback):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         share = -(-self.samples // pl_module.num_classes)
         index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[: self.samples]
-        images, labels, found = images[index].cpu(), labels[index].cpu(), {}
-        if (step0 := Run(folder).step0).is_file():
-            untrained = copy.deepcopy(pl_module.encoder)
-            weights = load_checkpoint(step0)["state_dict"].items()
-            untrained.load_state_dict({k.removeprefix("encoder."): v for k, v in weights if k.startswith("encoder.")})
-            found["before training"] = features(trainer, untrained, index)
-        found["after training"] = features(trainer, pl_module.encoder, index)
+        images, labels = images[index].cpu(), labels[index].cpu()
+        loader, encoder = trainer.datamodule.evaluation_loader("train", index), copy.deepcopy(pl_module.encoder).eval()
+        with trainer.precision_plugin.forward_context():
+            found = {"after training": encoder.embed_all(loader, shifted=False).cpu()}
+            if (step0 := Run(folder).step0).is_file():
+                weights = load_checkpoint(step0)["state_dict"].items()
+                encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights if k.startswith("encoder.")})
+                found = {"before training": encoder.embed_all(loader, shifted=False).cpu(), **found}
         if not all(x.std(0).max() > 0 for x in found.values()):  # NaN too; scikit-learn survives neither
             rank_zero_warn("no tsne.png: the encoder gives every image the same features, or none that are finite")
             return
@@ -56,16 +56,6 @@ class TSNE(Callback):
         points = {when: torch.from_numpy(tsne.fit_transform(x.numpy())) for when, x in found.items()}
         save(trainer, draw_tsne(points, labels, pl_module.class_names), "tsne", "tsne.png")
         project(trainer, found["after training"], images, labels, pl_module.class_names)
-
-
-def features(trainer: Trainer, encoder: Encoder, index: Tensor) -> Tensor:
-    """Features (N, D) of the training images `index` (N,)."""
-    was_training = encoder.training
-    encoder.eval()
-    with trainer.precision_plugin.forward_context():
-        found = encoder.embed_all(trainer.datamodule.evaluation_loader("train", index), shifted=False).cpu()
-    encoder.train(was_training)
-    return found
 
 
 def project(trainer: Trainer, features: Tensor, images: Tensor, labels: Tensor, names: list[str]) -> None:
