@@ -173,6 +173,7 @@ def test_files_that_the_pages_name_exist():
         assert (parent / name).exists(), name
         if not indent and name.endswith("/"):
             parent = ROOT / name
+    assert {path.name for path in ROOT.glob("*.py")} <= set(re.findall(r"\w+\.py", tree))
 
 
 def test_the_workflow_runs_the_commands_of_the_readme():
