@@ -164,7 +164,9 @@ def test_files_that_the_pages_name_exist():
     """Paths in `code` marks and in README's map that look like files of this tree."""
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for path in re.findall(r"`((?:callbacks|datamodules|lightning_modules|configs|studies|tests)/[\w/]+\.\w+)`", text):
+        for path in re.findall(
+            r"`((?:callbacks|datamodules|lightning_modules|configs|studies|tests)/[\w/]+\.\w+)`", text
+        ):
             assert (ROOT / path).exists(), (page.name, path)
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Map\n")[1].split("\n## ")[0]
     parent = ROOT
