@@ -62,14 +62,14 @@ def images():
 @pytest.fixture
 def folder(tmp_path, tiny, images, monkeypatch):
     """A working folder with all data that the pages' commands name."""
-    (tmp_path / "configs").symlink_to(CONFIGS)
+    shutil.copytree(CONFIGS, tmp_path / "configs")
     for name, file in (("train", "mine.npz"), ("test", "mine_test.npz")):
         np.savez(tmp_path / file, images=images, labels=np.arange(60) % 3)
         for kind in ("cat", "dog"):
             (tmp_path / "own" / name / kind).mkdir(parents=True)
             for i in range(20):
                 Image.fromarray(images[i]).save(tmp_path / "own" / name / kind / f"{i}.png")
-    (tmp_path / "photos").symlink_to(tmp_path / "own" / "test" / "cat")
+    shutil.copytree(tmp_path / "own" / "test" / "cat", tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
