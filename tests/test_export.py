@@ -89,10 +89,10 @@ def images():
 
 
 def stage_of(cli, folder):
-    """The module that was fitted, with the weights of the run's best checkpoint."""
+    """The module that was fitted, with the weights of the run's best checkpoint, as in a test."""
     checkpoint = load_checkpoint(resolve_checkpoint(str(folder), folder.parent))
     cli.model.load_state_dict(checkpoint["state_dict"])
-    cli.model.searching = False
+    cli.model.searching, cli.trainer.state.fn = False, "test"
     return cli.model.eval()
 
 
