@@ -71,7 +71,7 @@ class InMemoryDataModule(LightningDataModule):
         self.fingerprint: dict[str, str | int] = {"val_size": val_size, "split_seed": split_seed}
         self._sets: dict[str, ImageSet] = {}
         self._cached: dict[str, ImageSet] = {}  # features in place of images
-        self.train_inputs: Tensor | None = None  # those of the training images
+        self.train_features: Tensor | None = None  # those of the training images
         self._left: set[str] = set()  # splits that do not lie on the training device
 
     def load(self, split: str) -> ImageSet:
@@ -130,10 +130,8 @@ class InMemoryDataModule(LightningDataModule):
 
     def cache_features(self, features: dict[str, Tensor]) -> None:
         """Puts features (N, D) float32 of the splits named aside: fit and validation get them instead of images."""
-        self.train_inputs = features.get("train")
+        self.train_features = features.get("train")
         self._cached = {name: ImageSet(x, self.split(name).labels) for name, x in features.items()}
-
-    replace_images = cache_features  # the old name, until nothing calls it
 
     def evaluation_loader(self, name: str, index: Tensor | None = None) -> BatchLoader:
         """The images of the whole split `name`, or those at `index` (M,), in order, not augmented, on every process."""

@@ -93,9 +93,9 @@ def test_a_data_set_of_ones_own_names_its_classes_in_one_place():
 def test_cached_features_reach_fit_and_validation_and_the_images_stay(digits):
     before = {name: digits.split(name) for name in ("train", "val", "test")}
     features = {name: torch.randn(len(before[name].labels), 7) for name in ("train", "val")}
-    assert digits.train_inputs is None
+    assert digits.train_features is None
     digits.cache_features(features)
-    assert digits.train_inputs is features["train"]
+    assert digits.train_features is features["train"]
     drawn, labels = map(torch.cat, zip(*digits.train_dataloader()))
     assert drawn.shape == (1024, 7) and len(digits.train_dataloader()) == digits.batches_per_epoch
     position = {tuple(row): i for i, row in enumerate(features["train"].tolist())}

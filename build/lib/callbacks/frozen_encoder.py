@@ -1,0 +1,108 @@
+"""The hand-over: an encoder run's weights, verified, given to a probe before it has an optimiser."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+
+from errors import InputError, first_line
+from lightning_modules.encoders.contract import Encoder, build_encoder, encoder_weights
+from lightning_modules.probe import Probe
+from run_folder import Run, load_checkpoint, resolve_checkpoint
+
+
+class FrozenEncoder(Callback):
+    """Hands a trained encoder to a probe before it is fitted; the probe freezes it.
+
+    Architecture, feature width, normalisation and weights all come from the encoder run's checkpoint. The features of
+    the training and validation images are computed once and take the images' place, unless the data is augmented or the
+    encoder is trained on (FineTune).
+
+    Args:
+        run: checkpoint file or run folder of an encoder (of a folder, the best checkpoint by validation); null: the
+            newest finished run in `<save_dir>/triplet_encoder` (FineTune: in `<save_dir>/linear_probe`).
+        cache: compute features once; false: in every step, with bit-identical results in float32.
+        encoder_module: the Python module of an encoder class of your own; a checkpoint names its class, and imports none.
+    """
+
+    def __init__(self, run: str | None = None, cache: bool = True, encoder_module: str | None = None) -> None:
+        import_encoder_module("frozen_encoder.encoder_module", encoder_module)
+        self.run, self.cache = run, cache
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, Probe):
+            if self.run is not None:
+                name = type(pl_module).__name__
+                raise InputError(f"frozen_encoder.run {self.run}: {name} takes no encoder; only probes do")
+            return
+        if stage != "fit" or pl_module.encoder is not None:
+            return
+        runs = Path(trainer.logger.save_dir if trainer.logger else "runs") / pl_module.starts_from
+        path = resolve_checkpoint(self.run, runs) if self.run else Run.newest(runs).best()
+        checkpoint = load_checkpoint(path)
+        encoder = encoder_from_checkpoint(path, checkpoint).to(trainer.strategy.root_device)
+        _check_data(path, checkpoint, trainer.datamodule)
+        pl_module.adopt(encoder, checkpoint)
+        if self.cache and not pl_module.trains_encoder and not trainer.datamodule.augments:
+            with trainer.precision_plugin.forward_context():
+                loaders = [trainer.datamodule.evaluation_loader(split) for split in ("train", "val")]
+                features = encoder.embed_all(loaders[0], single_view=True), encoder.embed_all(loaders[1])
+            trainer.datamodule.cache_features(dict(zip(("train", "val"), features)))
+
+
+def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -> None:
+    """Raises InputError unless the encoder was trained on the classes and the split that the probe is trained on."""
+    stage, data = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
+    names, own = stage.get("class_names"), datamodule.fingerprint
+    if names != datamodule.class_names:
+        raise InputError(
+            f"{path}: an encoder of the classes {names}; this command's are {datamodule.class_names}; give the same data"
+        )
+    if data.get("train_sha256") != own["train_sha256"]:
+        raise InputError(f"{path}: the encoder was trained on other images than this command's; give it the same data")
+    if data != own:
+        if data.keys() != own.keys() or not all(type(data[k]) is int for k in ("val_size", "split_seed")):
+            raise InputError(f"{path}: does not say which images the encoder was trained on; fit it again")
+        split = f"data.val_size {data['val_size']} and data.split_seed {data['split_seed']}"
+        seen = datamodule.seen_in_validation(data["val_size"], data["split_seed"])
+        raise InputError(
+            f"{path}: the encoder was trained with {split} and has seen {seen} of this command's validation images; give"
+            " the same split, or fit the encoder again"
+        )
+
+
+def import_encoder_module(option: str, module: str | None) -> None:
+    """Imports a Python module, whose encoder classes checkpoints may then name. Raises InputError where it fails."""
+    if module is None:
+        return
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever that module does
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{option} {module}: cannot be imported ({why})") from error
+
+
+def encoder_from_checkpoint(path: Path, checkpoint: dict[str, Any]) -> Encoder:
+    """Builds the encoder that a stage's checkpoint describes and loads its weights, every tensor of them.
+
+    Raises InputError where the checkpoint is of a stage without an encoder, or does not match; `path` is named then.
+    """
+    stage = checkpoint.get("stage")
+    if not isinstance(stage, dict) or not stage.get("encoder"):
+        module = stage.get("module") if isinstance(stage, dict) else "another program"
+        raise InputError(f"{path}: a checkpoint of {module}, which has no encoder; give that of an encoder run")
+    weights = encoder_weights(checkpoint["state_dict"])
+    with torch.device("meta"):  # takes no memory, however large the checkpoint says that the encoder is
+        described = build_encoder(stage["encoder"]).state_dict()
+    for name in {**described, **weights}:
+        found, expected = (tuple(d[name].shape) if name in d else "missing" for d in (weights, described))
+        if found != expected:
+            kind = stage["encoder"]["class_path"]
+            raise InputError(
+                f"{path}: the weights do not fit {kind}: {name} is {found}, expected {expected}; fit it again"
+            )
+    encoder = build_encoder(stage["encoder"])
+    encoder.load_state_dict(weights)
+    return encoder.eval()

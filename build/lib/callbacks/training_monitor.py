@@ -1,0 +1,57 @@
+"""What TensorBoard shows of every fit: speed, gradients and learning rate, curves in pairs, and runs side by side."""
+
+import time
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.nn.utils import get_total_norm
+
+from callbacks.figures import tensorboards
+
+# The custom scalars page: training and validation in one chart.
+LAYOUT = {"training": {q: ["Multiline", [f"train/{q}", f"val/{q}"]] for q in ("loss", "accuracy")}}
+
+
+class TrainingMonitor(Callback):
+    """Logs `step/images_per_s`, `step/gradient_norm` (before clipping) and `step/lr` every `log_every_n_steps` steps.
+
+    Puts training and validation curves into one chart on the custom scalars page. After a fit, the options of model and
+    data and the metrics of the last validation go to the HParams page, where runs are compared and sorted.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measured_at = trainer.global_step
+        self._since, self._images = None, 0  # a fit resumed within an epoch does not pass the epoch's start
+        for logger in tensorboards(trainer):
+            logger.experiment.add_custom_scalars(LAYOUT)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since, self._images = None, 0  # a rate across a validation would be none
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
+        if (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._norm, self._lr = get_total_norm(gradients), optimizer.param_groups[0]["lr"]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        self._images += len(batch[1]) * trainer.world_size
+        step = trainer.global_step
+        if step == self._measured_at or step % max(1, trainer.log_every_n_steps):  # accumulated batches share a step
+            return
+        now, self._measured_at = time.perf_counter(), step
+        measured = {"step/gradient_norm": float(self._norm), "step/lr": self._lr}
+        if self._since is not None:
+            measured["step/images_per_s"] = self._images / (now - self._since)
+            pl_module.log("images/s", measured["step/images_per_s"], prog_bar=True, logger=False)
+        self._since, self._images = now, 0
+        for logger in trainer.loggers:
+            logger.log_metrics(measured, step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        options = {"model": type(pl_module).__name__, **pl_module.hparams, **trainer.datamodule.hparams}
+        parts = {"encoder": "encoder", "loss": "loss_function"}
+        options |= {k: type(getattr(pl_module, name)).__name__ for k, name in parts.items() if hasattr(pl_module, name)}
+        # Lightning notes by a leading underscore how it made the objects.
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in options.items() if k[0] != "_"}
+        metrics = {f"last/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        for logger in tensorboards(trainer):
+            logger.log_hyperparams(plain, metrics, trainer.global_step)

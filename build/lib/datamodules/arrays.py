@@ -1,0 +1,125 @@
+"""Images and labels as arrays: reading them from .npz, checking them, splitting them."""
+
+import hashlib
+import math
+import warnings
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import InputError, first_line, require
+
+
+class ImageSet(NamedTuple):
+    """`images` (N, 32, 32, 3) uint8, or features (N, D) float32 of them; `labels` (N,) int64 or None."""
+
+    images: Tensor
+    labels: Tensor | None
+
+
+def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> ImageSet:
+    """Reads `images` (N, 32, 32, 3) uint8 and `labels` (N,) integers in [0, num_classes) from an .npz file.
+
+    Raises InputError where the file is missing, damaged, pickled, claims more than it can hold, or holds anything else.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give an .npz with images (N, 32, 32, 3) uint8 and labels (N,)")
+    try:
+        arrays = _arrays(path, ("images", "labels") if labels_required else ("images",))
+    except InputError:
+        raise
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds, down to struct.error and SyntaxError
+        why = f"damaged or not a readable .npz file ({first_line(error)}); copy it again"
+        if "allow_pickle" in str(error):
+            why = "holds pickled Python objects, which are never loaded; save plain arrays"
+        raise InputError(f"{path}: {why}") from error
+    images = arrays["images"]
+    if images.dtype != np.uint8:
+        raise InputError(f"{path}: images are {images.dtype}; expected uint8 in 0..255 (not scaled, not normalised)")
+    if images.ndim == 4 and images.shape[1:] == (3, 32, 32):
+        raise InputError(f"{path}: images are channel-first {images.shape}; transpose them to (N, 32, 32, 3)")
+    if images.ndim != 4 or images.shape[1:] != (32, 32, 3) or not len(images):
+        raise InputError(f"{path}: images have shape {images.shape}; expected (N, 32, 32, 3) with N > 0")
+    labels = arrays.get("labels")
+    if labels is None:
+        return ImageSet(torch.from_numpy(images), None)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"{path}: labels are {labels.dtype}; expected integers")
+    if labels.shape != (len(images),):
+        raise InputError(f"{path}: labels have shape {labels.shape}; expected ({len(images)},), one for each image")
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        i = int(outside.argmax())
+        raise InputError(f"{path}: label {labels[i]} of image {i} is outside 0..{num_classes - 1}")
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def images_sha256(images: ImageSet) -> str:
+    """Digest of all pixels and labels, in order."""
+    digest = hashlib.sha256(np.ascontiguousarray(images.images.numpy()))
+    digest.update(np.ascontiguousarray(images.labels.numpy()))
+    return digest.hexdigest()
+
+
+def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits indices into (rest, held_out) with `size` held out, each class in proportion (largest remainder).
+
+    `labels` (N,) int64. Both index tensors are sorted; the same labels, size and seed give the same split.
+    Raises InputError unless 0 < size < N.
+    """
+    room = f"1..{len(labels) - 1}: there are {len(labels)} training images"
+    require(0 < size < len(labels), "data.val_size", size, room)
+    generator = torch.Generator().manual_seed(seed)
+    members = [(labels == c).nonzero().flatten() for c in labels.unique()]
+    exact = [len(m) * size / len(labels) for m in members]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(members)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: size - sum(counts)]:
+        counts[i] += 1
+    shuffled = (m[torch.randperm(len(m), generator=generator)] for m in members)
+    parts = zip(*(m.tensor_split([count]) for m, count in zip(shuffled, counts)))
+    held_out, rest = (torch.cat(part).sort().values for part in parts)
+    return rest, held_out
+
+
+def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:
+    """Keeps the images of `classes` and relabels them 0, 1, … in the order given."""
+    keep = torch.isin(images.labels, torch.tensor(classes))
+    labels = torch.full((max(classes) + 1,), -1).index_put((torch.tensor(classes),), torch.arange(len(classes)))
+    return ImageSet(images.images[keep], labels[images.labels[keep]])
+
+
+def _arrays(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays `images` and `labels` of an archive, as far as it has them."""
+    # Opened here, since np.load leaves a file that it cannot read open.
+    with path.open("rb") as raw, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about headers of old and odd forms
+        archive = np.load(raw, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
+        _check_size(path, archive.zip)
+        for name in required:
+            hint = "; a file without labels serves predict only" if name == "labels" else ""
+            if name not in archive:
+                found = ", ".join(archive) or "nothing"
+                raise InputError(f"{path}: no array named '{name}' (found: {found}){hint}")
+        return {name: archive[name] for name in ("images", "labels") if name in archive}
+
+
+def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raises InputError before any memory is taken where an array is not as large as its header says, or a zip bomb."""
+    for member in archive.infolist():
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            claimed, held = math.prod(shape) * dtype.itemsize, member.file_size - file.tell()
+        if claimed != held and not dtype.hasobject:
+            raise InputError(f"{path}: {member.filename} claims {claimed} bytes and holds {held}; write it again")
+        if held > 2**30 and held > 100 * member.compress_size:
+            sizes = f"from {member.compress_size} to {held} bytes"
+            raise InputError(f"{path}: {member.filename} unpacks {sizes}; it is not read")

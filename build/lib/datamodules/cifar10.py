@@ -1,0 +1,97 @@
+"""CIFAR-10 from .npz files or from torchvision (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny
+Images", 2009)."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from datamodules.arrays import ImageSet, read_npz
+from datamodules.image_folder import image_files, read_images, say_counts
+from datamodules.in_memory import InMemoryDataModule
+from errors import InputError, first_line, require
+
+CIFAR100_CLASSES = tuple((
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
+    "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
+    "elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster "
+    "man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck "
+    "pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk "
+    "skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger "
+    "tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm"
+).split())  # fmt: skip
+
+
+class CIFAR10DataModule(InMemoryDataModule):
+    """CIFAR-10 or CIFAR-100, or images of the same shape in .npz files.
+
+    Args:
+        root: folder where `cifar10_train.npz` and `cifar10_test.npz` are looked for first, then torchvision's copy.
+        dataset: cifar100: a hundred classes, from `cifar100_*.npz` or torchvision.
+        train_npz: training file (`images` (N, 32, 32, 3) uint8, `labels` (N,) integers from 0 on) to use instead.
+        test_npz: test file to use instead; without labels it serves `predict` only, and so does a folder of images of
+            any size (`image_folder.read_images`).
+        download: let torchvision download CIFAR-10 (170 MB, checksum verified) into `root` when nothing is there.
+        class_names: those of your own files' classes, as many as there are; null: the data set's.
+    """
+
+    CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+    def __init__(
+        self,
+        root: str = "data",
+        dataset: Literal["cifar10", "cifar100"] = "cifar10",
+        train_npz: str | None = None,
+        test_npz: str | None = None,
+        download: bool = True,
+        class_names: list[str] | None = None,
+        **kwargs,
+    ) -> None:
+        names = CIFAR100_CLASSES if dataset == "cifar100" else self.CLASSES
+        if class_names is not None:
+            different = len(set(class_names)) == len(class_names) >= 2
+            require(different, "data.class_names", class_names, "at least two different names")
+            own = "those of your own files: give --data.train_npz too"
+            require(train_npz is not None, "data.class_names", class_names, own)
+        super().__init__(names=class_names or names, **kwargs)
+        self.save_hyperparameters()
+        self.root, self.dataset, self.download = Path(root), dataset, download
+        self.npz = {"train": train_npz, "test": test_npz}
+
+    def prepare_data(self) -> None:
+        split = "test" if self.trainer.state.fn in ("test", "predict") else "train"
+        if self.download and self._npz(split) is None:
+            self._torchvision(split, download=True)
+
+    def load(self, split: str) -> ImageSet:
+        path = self._npz(split)
+        if path is None:
+            dataset = self._torchvision(split, download=False)
+            # torchvision's array is a view of channel-first data, whose batches would not be channels last in memory.
+            return ImageSet(torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets))
+        if path.is_dir() and split == "test":
+            files = image_files(path)
+            self.test_files = list(map(str, files))
+            return ImageSet(read_images(files), None)
+        images = read_npz(path, len(self.names), labels_required=split == "train")
+        if self.npz[split] is not None and images.labels is not None:
+            say_counts(images.labels, self.names, path)
+        return images
+
+    def _npz(self, split: str) -> Path | None:
+        if self.npz[split] is not None:
+            return Path(self.npz[split])
+        path = self.root / f"{self.dataset}_{split}.npz"
+        return path if path.exists() else None
+
+    def _torchvision(self, split: str, download: bool) -> CIFAR10:
+        name = self.dataset.replace("cifar", "CIFAR-")
+        ways = f"put {self.dataset}_{split}.npz into {self.root}/, or give --data.{split}_npz FILE"
+        try:
+            dataset = CIFAR100 if self.dataset == "cifar100" else CIFAR10
+            return dataset(str(self.root), train=split == "train", download=download)
+        except (RuntimeError, OSError) as error:  # a failed download is an OSError
+            why = first_line(error) if self.download else "the download is switched off"
+            raise InputError(f"no intact {name} in {self.root}/ ({why}); {ways}") from error

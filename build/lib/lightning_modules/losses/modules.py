@@ -1,0 +1,187 @@
+"""Losses over the pairs and triplets of a batch, as modules that a config selects by `class_path`.
+
+Every module is called as loss(z, labels, generator) with embeddings `z` (B, D), `labels` (B,) and a CPU generator for
+those that draw. A batch without what a loss needs gives 0 and still backpropagates (zero gradients).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+from lightning_modules.losses.distances import CosineDistance, EuclideanDistance
+from lightning_modules.losses.functional import (
+    dense_triplet_margin_loss,
+    distance_matrix,
+    lmnn_loss,
+    multi_negative_loss,
+    pairwise_contrastive_loss,
+    prototypical_loss,
+    rows,
+    soft_margin_loss,
+    supcon_loss,
+    triplet_margin_loss,
+)
+from lightning_modules.losses.triplets import anchor_blocks, hardest_triplets, random_triplets
+
+
+class BatchLoss(nn.Module):
+    """What a config can name as `model.loss`. A subclass implements forward(z, labels, generator) → loss, no dimensions.
+
+    The attributes tell MiningMonitor what to measure by: the distance that the loss compares, its margin or
+    temperature, and the value at which it stands still where positives are as far away as negatives.
+    """
+
+    distance: nn.Module
+    margin: float | None = None
+    temperature: float | None = None
+    pinned_at: float | None = None
+
+    def __init__(self, distance: nn.Module | None = None) -> None:
+        super().__init__()
+        self.distance = CosineDistance() if distance is None else distance
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        raise NotImplementedError
+
+
+class TripletMarginLoss(BatchLoss):
+    """max(0, d(a, p) − d(a, n) + margin) over the triplets of a batch.
+
+    Args:
+        triplets: `random`: one positive and one negative drawn for every anchor (the report); `hard`: every anchor's
+            farthest positive and nearest negative (batch-hard); `all`: mean over every triplet of the batch where the
+            loss is above 0; `semihard`: those of them with d(a, n) > d(a, p).
+        margin: by how much a negative shall be farther away than a positive, in units of `distance`.
+        distance: EuclideanDistance (also for null), CosineDistance or MahalanobisDistance.
+    """
+
+    def __init__(
+        self,
+        triplets: Literal["random", "hard", "semihard", "all"] = "random",
+        margin: float = 1.0,
+        distance: nn.Module | None = None,
+    ) -> None:
+        super().__init__(EuclideanDistance() if distance is None else distance)
+        self.margin, self.triplets = _margin(self, margin), triplets
+        self.pinned_at = self.margin  # the loss where all embeddings are alike
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if self.triplets in ("all", "semihard"):
+            return dense_triplet_margin_loss(z, labels, self.margin, self.distance, self.triplets == "semihard")
+        return triplet_margin_loss(*_sampled(self, z, labels, generator), self.margin)
+
+
+class SoftMarginTripletLoss(BatchLoss):
+    """log(1 + exp(d(a, p) − d(a, n))): a margin without a parameter, which never lets go of a triplet.
+
+    Args:
+        triplets: `random` or `hard`, as in TripletMarginLoss.
+        distance: EuclideanDistance (also for null), CosineDistance or MahalanobisDistance.
+    """
+
+    def __init__(self, triplets: Literal["random", "hard"] = "hard", distance: nn.Module | None = None) -> None:
+        super().__init__(EuclideanDistance() if distance is None else distance)
+        self.triplets = triplets
+        self.pinned_at = math.log(2)
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return soft_margin_loss(*_sampled(self, z, labels, generator))
+
+
+class LMNNLoss(BatchLoss):
+    """Large margin nearest neighbour, see `lmnn_loss`: the report's figure 6.
+
+    Args:
+        margin: impostors are pushed out of the target neighbour's distance plus this.
+        push: μ, the weight of pushing against pulling.
+        neighbours: how many of the nearest images of its class each image pulls.
+        distance: null for the squared Euclidean distance, or MahalanobisDistance with `squared: true`.
+    """
+
+    def __init__(
+        self, margin: float = 1.0, push: float = 0.5, neighbours: int = 3, distance: nn.Module | None = None
+    ) -> None:
+        super().__init__(EuclideanDistance(squared=True) if distance is None else distance)
+        if not 0 < push < 1:
+            raise InputError(f"LMNNLoss push {push}: must be between 0 and 1")
+        if neighbours < 1:
+            raise InputError(f"LMNNLoss neighbours {neighbours}: must be at least 1")
+        self.margin, self.push, self.neighbours = _margin(self, margin), push, neighbours
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return lmnn_loss(z, labels, self.margin, self.push, self.neighbours, self.distance)
+
+
+class MultiNegativeLoss(BatchLoss):
+    """Every positive pair against all negatives of the batch at once, see `multi_negative_loss`."""
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = _temperature(self, temperature)
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return multi_negative_loss(z, labels, self.temperature)
+
+
+class SupConLoss(BatchLoss):
+    """Supervised contrastive loss, see `supcon_loss`."""
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = _temperature(self, temperature)
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return supcon_loss(z, labels, self.temperature)
+
+
+class PrototypicalLoss(BatchLoss):
+    """Each image against the mean of its class and those of all others in the batch, see `prototypical_loss`."""
+
+    def __init__(self, temperature: float = 0.1, label_smoothing: float = 0.1) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise InputError(f"PrototypicalLoss label_smoothing {label_smoothing}: must be in [0, 1)")
+        self.temperature, self.label_smoothing = _temperature(self, temperature), label_smoothing
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return prototypical_loss(z, labels, self.temperature, self.label_smoothing)
+
+
+class PairwiseContrastiveLoss(BatchLoss):
+    """The report's equation 2, see `pairwise_contrastive_loss`."""
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.temperature = _temperature(self, temperature)
+
+    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return pairwise_contrastive_loss(z, labels, self.temperature)
+
+
+def _sampled(loss: BatchLoss, z: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Distances (T,) to the positives and to the negatives of the loss's triplets. Only these get a gradient."""
+    if loss.triplets == "random":
+        anchors, positives, negatives = random_triplets(labels, generator)
+    else:
+        with torch.no_grad():
+            found = [hardest_triplets(distance_matrix(loss.distance, z, b), labels, b) for b in anchor_blocks(len(z))]
+        anchors, positives, negatives = (torch.cat(x) for x in zip(*found))
+    x = rows(z, anchors)
+    return loss.distance.pairs(x, rows(z, positives)), loss.distance.pairs(x, rows(z, negatives))
+
+
+def _margin(loss: BatchLoss, margin: float) -> float:
+    largest = getattr(loss.distance, "largest", math.inf)  # a distance of the user's own need not say
+    if not 0 < margin < largest:
+        why = f", below {largest:g}, the largest {type(loss.distance).__name__} there is" if largest < math.inf else ""
+        raise InputError(f"{type(loss).__name__} margin {margin}: must be above 0{why}")
+    return margin
+
+
+def _temperature(loss: BatchLoss, temperature: float) -> float:
+    if not 0 < temperature < math.inf:
+        raise InputError(f"{type(loss).__name__} temperature {temperature}: must be above 0")
+    return temperature

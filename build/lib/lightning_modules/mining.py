@@ -1,0 +1,99 @@
+"""What the triplets of a batch look like (`measure`), and what is wrong with them (`diagnose`)."""
+
+import torch
+from torch import Tensor
+
+from lightning_modules.losses import BatchLoss
+from lightning_modules.losses.triplets import active_counts, pair_masks
+
+
+@torch.no_grad()
+def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Numbers and histograms' values of embeddings `z` (B, D), `labels` (B,), under the loss's own distance."""
+    distances = loss.distance.matrix(z)
+    positive, negative = pair_masks(labels)
+    triplets = (positive.sum(1) * negative.sum(1)).sum()
+    violating = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum()
+    misordered = active_counts(distances, labels, 0.0).clamp_min(0).sum() if loss.margin else violating
+    histograms = {"d_ap": distances[positive], "d_an": distances[negative], "spread_by_dimension": z.std(0)}
+    measured = {
+        "triplets": triplets,
+        "active": violating / triplets.clamp_min(1),
+        "misordered": misordered / triplets.clamp_min(1),
+        "positive": distances[positive].sum() / positive.sum().clamp_min(1),
+        "negative": distances[negative].sum() / negative.sum().clamp_min(1),
+        "norm": z.norm(dim=1).mean(),
+        "spread": histograms["spread_by_dimension"].mean(),
+        # Between 0 (all embeddings alike) and 1 (their mean is the origin).
+        "relative_spread": z.var(0, correction=0).sum().sqrt() / z.square().sum(1).mean().sqrt().clamp_min(1e-30),
+        "effective_rank": effective_rank(z),
+    }
+    if getattr(loss, "triplets", None) == "semihard":
+        measured["ignored"] = misordered / violating.clamp_min(1)
+    return {name: float(value) for name, value in measured.items()}, histograms
+
+
+def effective_rank(z: Tensor) -> Tensor:
+    """exp of the entropy of the normalised singular values of the centred z (B, D): between 1 and min(B, D), and 0
+    where all rows are alike (O. Roy & M. Vetterli, "The Effective Rank", 2007)."""
+    z = (z - z.mean(0)).cpu().double()  # some devices have no float64
+    values = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()
+    total = values.sum()
+    shares = values / total.clamp_min(1e-300)
+    return torch.special.entr(shares).sum().exp() * (total > 0)
+
+
+def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[str, str]:
+    """What is wrong with a batch: by kind, a sentence that says what to change. `value` is the loss."""
+    if not measured["triplets"]:
+        return {"triplets": "the batch has no triplets (one class, or no class twice): raise data.batch_size"}
+    found = collapse(loss, measured, value)
+    if measured.get("ignored", 0) > 0.4 and measured["active"] > 0.1:
+        found["ignored"] = (
+            f"semi-hard mining leaves out {measured['ignored']:.0%} of the triplets that violate the margin, whose"
+            " negative is nearer than the positive, so classes that lie on each other stay so; choose triplets: all, or"
+            " PrototypicalLoss"
+        )
+    elif not found and measured["misordered"] > 0.35:
+        found["misordered"] = (
+            f"{measured['misordered']:.0%} of all triplets have the negative nearer than the positive, where chance"
+            " gives a half: the embeddings hardly tell classes apart; lower model.lr (or raise it, if it is tiny), or"
+            " choose PrototypicalLoss"
+        )
+    return found | out_of_range(loss, measured)
+
+
+def collapse(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[str, str]:
+    """Embeddings that are all alike, lie on a line, or keep the loss at the value of such."""
+    easier = "lower model.lr, or choose easier triplets (all or random instead of hard), or PrototypicalLoss"
+    positive, negative, pinned = measured["positive"], measured["negative"], loss.pinned_at
+    if measured["relative_spread"] < 0.02:
+        spread = f"spread {measured['relative_spread']:.1e} of their norm, loss {value:.3g}"
+        return {"collapsed": f"collapsed: all embeddings are nearly alike ({spread}): {easier}"}
+    if measured["effective_rank"] < 1.5:
+        rank = f"effective rank {measured['effective_rank']:.2f}"
+        return {"collapsed": f"collapsed: the embeddings lie on a line ({rank}): {easier}"}
+    if pinned is not None and abs(value - pinned) < 0.02 * pinned and abs(positive - negative) < 0.05 * negative:
+        where = "ln 2" if loss.margin is None else f"the margin {loss.margin:g}"
+        return {"pinned": f"the loss is pinned at {where}: positives are as far away as negatives: {easier}"}
+    return {}
+
+
+def out_of_range(loss: BatchLoss, measured: dict[str, float]) -> dict[str, str]:
+    """A margin or a temperature that leaves nothing to learn."""
+    name, margin, temperature, negative = type(loss).__name__, loss.margin, loss.temperature, measured["negative"]
+    found = {}
+    if margin is not None and measured["active"] == 0:
+        found["inactive"] = (
+            f"nothing is active any more: every negative is farther away than every positive by more than {margin:g};"
+            " raise the margin of model.loss, or stop here"
+        )
+    elif margin is not None and not 0.005 * negative <= margin <= 10 * negative:
+        found["margin"] = (
+            f"margin {margin:g} of {name} is out of range: negatives are {negative:.2g} away on average; give a margin"
+            " between a tenth of that and that"
+        )
+    if temperature is not None and not 0.01 <= temperature <= 1:
+        what = "all pairs weigh alike" if temperature > 1 else "only each anchor's hardest pair has a gradient"
+        found["temperature"] = f"temperature {temperature:g} of {name} is out of range ({what}): give one in 0.05 … 0.5"
+    return found
