@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from pytorch_lightning import LightningDataModule, LightningModule
 from torch import Tensor, nn
 
-import datamodules  # noqa: F401  (a run's config may name a data module without its package)
-from callbacks.frozen_encoder import encoder_sha256, import_encoder_module
+from callbacks.frozen_encoder import import_encoder_module
+from datamodules.in_memory import InMemoryDataModule
 from errors import InputError, OneLineParser, first_line
-from lightning_modules import TripletEncoder
+from lightning_modules import Stage, TripletEncoder
+from lightning_modules.encoders.contract import weights_sha256
 from run_folder import Run, load_checkpoint, resolve_checkpoint, write
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
@@ -66,7 +66,7 @@ def export(args: list[str] | None = None) -> Path:
         "class_names": json.dumps(stage.class_names),
         "data": json.dumps(checkpoint["data"]),
         "encoder": json.dumps(checkpoint["stage"].get("encoder")),
-        **({} if encoder is None else {"encoder_sha256": encoder_sha256(encoder)}),
+        **({} if encoder is None else {"encoder_sha256": weights_sha256(encoder.state_dict())}),
     }
     own = encoder.embed if features else lambda x: stage.probabilities(stage(x))
     model = stage.predictor(features=features).eval().requires_grad_(False)
@@ -85,7 +85,7 @@ def export(args: list[str] | None = None) -> Path:
     return file
 
 
-def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tuple[LightningModule, Tensor]:
+def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tuple[Stage, Tensor]:
     """The stage that a checkpoint's config describes, with its weights, and (≤ 1000, 3, 32, 32) validation images."""
     try:
         config = yaml.safe_load(checkpoint["made_by"]["config"])
@@ -96,8 +96,8 @@ def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tu
             if module not in sys.modules:  # a checkpoint imports nothing
                 raise InputError(f"it names a class of {module}: give --encoder_module {module}")
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False, required=True)
-        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False, required=True)
+        parser.add_subclass_arguments(Stage, "model", fail_untyped=False, required=True)
+        parser.add_subclass_arguments(InMemoryDataModule, "data", fail_untyped=False, required=True)
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         made = parser.instantiate_classes(parser.parse_object(config))
         images = made.data.split("val").images

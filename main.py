@@ -8,7 +8,7 @@
     python main.py fit  --config configs/triplet_encoder.yaml --trainer.devices 2 --model.lr 0.5
     python main.py fit  --config configs/triplet_encoder.yaml --ckpt_path last              # resumes an interrupted run
     python main.py fit  --config configs/triplet_encoder.yaml --mining_monitor.stop true --pictures false
-    python main.py export --ckpt_path runs/linear_probe/version_0 --format onnx             # a file that works elsewhere
+    python main.py export --ckpt_path runs/linear_probe/version_0 --format onnx             # works without this code
     python main.py fit  --config configs/softmax_regression.yaml --quiet
     python main.py fit  --help
 
@@ -55,7 +55,7 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        # malloc.h: M_MMAP_MAX: no block by mmap; M_TRIM_THRESHOLD: never shrink the heap; M_TOP_PAD: grow it by 64 MiB.
+        # malloc.h: M_MMAP_MAX: no block by mmap; M_TRIM_THRESHOLD: never shrink; M_TOP_PAD: grow by 64 MiB.
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
             libc.mallopt(parameter, value)
 

@@ -8,7 +8,6 @@ Every step runs through main.py with its shipped config. Called again with the s
 stopped, within a fit from its last checkpoint, and ends with the same accuracies.
 """
 
-import html
 import json
 import shlex
 import statistics
@@ -166,9 +165,10 @@ def write_results(rows: list[dict], out: Path, title: str, command: str) -> None
     parts = [
         table(head, cells),
         *(figure(path, text) for path, text in figures.items() if path.is_file()),
-        "<h2>Stages</h2>",
-        *(f"<h3>{name}</h3><pre>{html.escape((CONFIGS / f'{name}.yaml').read_text())}</pre>" for name in configs),
-        f"<h2>Made by</h2><pre>{html.escape(command)}</pre>",
+        ("h2", "Stages"),
+        *(part for name in configs for part in (("h3", name), ("pre", (CONFIGS / f"{name}.yaml").read_text("utf-8")))),
+        ("h2", "Made by"),
+        ("pre", command),
     ]
     write(out / "report.html", page(f"What a contrastive encoder buys: {title}", parts))
 

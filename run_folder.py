@@ -56,7 +56,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             write(path, lambda file: torch.save(checkpoint, file), keep=PREVIOUS if path.name == LAST else None)
-        except (OSError, RuntimeError) as error:  # torch.save's own writer raises RuntimeError where the disk is full
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
             raise InputError(
                 f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are intact: make room and"
                 " resume with --ckpt_path last"

@@ -24,7 +24,8 @@ class FrozenEncoder(Callback):
         run: checkpoint file or run folder of an encoder (of a folder, the best checkpoint by validation); null: the
             newest finished run in `<save_dir>/triplet_encoder` (FineTune: in `<save_dir>/linear_probe`).
         cache: compute features once; false: in every step, with bit-identical results in float32.
-        encoder_module: the Python module of an encoder class of your own; a checkpoint names its class, and imports none.
+        encoder_module: the Python module of an encoder class of your own. A checkpoint names its class and imports
+            nothing.
     """
 
     def __init__(self, run: str | None = None, cache: bool = True, encoder_module: str | None = None) -> None:
@@ -57,9 +58,8 @@ def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -
     stage, data = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
     names, own = stage.get("class_names"), datamodule.fingerprint
     if names != datamodule.class_names:
-        raise InputError(
-            f"{path}: an encoder of the classes {names}; this command's are {datamodule.class_names}; give the same data"
-        )
+        wanted = f"this command's are {datamodule.class_names}; give the same data"
+        raise InputError(f"{path}: an encoder of the classes {names}; {wanted}")
     if data.get("train_sha256") != own["train_sha256"]:
         raise InputError(f"{path}: the encoder was trained on other images than this command's; give it the same data")
     if data != own:

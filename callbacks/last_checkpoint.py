@@ -18,10 +18,9 @@ class LastCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt` at every epoch's end, every so many steps between, at `max_steps`, and after other
     validations.
 
-    Added to every run by the command line. SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the
-    validation it is in, with that checkpoint and exit code 143 or 130; a second one ends it at once. A loss that is not
-    finite ends the fit with InputError, and is in no checkpoint; it is looked at in every step, on a GPU in every tenth,
-    in the last of each epoch and before each checkpoint.
+    SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the validation it is in, with that checkpoint and
+    exit code 143 or 130. A second one ends it at once. A loss that is not finite ends the fit with InputError, and is in
+    no checkpoint. It is looked at in every step; on a GPU in every tenth, in each epoch's last and before checkpoints.
 
     Args:
         every_n_steps: steps between two checkpoints within an epoch.
@@ -35,7 +34,7 @@ class LastCheckpoint(Checkpoint):
         self._handlers = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not Lightning's handlers: they end with exit code 0 and no checkpoint, and several processes at different steps.
+        # Not Lightning's: they end with exit code 0 and no checkpoint, and several processes at different steps.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
 

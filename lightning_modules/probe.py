@@ -97,13 +97,11 @@ class Probe(Stage):
             self.encoder_sha256 = stage.get("encoder_sha256")
         elif stage.get("encoder_sha256") != self.encoder_sha256:
             raise InputError(
-                "this probe was fitted on another encoder than the one handed over now; give the same --frozen_encoder.run"
+                "this probe was fitted on another encoder than this one; give the same --frozen_encoder.run"
             )
         found = weights_sha256(encoder_weights(checkpoint["state_dict"]))
         if not self.trains_encoder and found != self.encoder_sha256:
-            raise InputError(
-                "the encoder in this probe's checkpoint is not the one it was fitted on; fit the probe again"
-            )
+            raise InputError("the encoder in this probe's checkpoint is not the one it was fitted on; fit it again")
 
     def on_train_end(self) -> None:
         if not self.trains_encoder and weights_sha256(self.encoder.state_dict()) != self.encoder_sha256:

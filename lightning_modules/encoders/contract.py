@@ -113,7 +113,7 @@ class Encoder(nn.Module):
 
 
 def view_list(mirror: bool, shift: int) -> list[tuple[bool, int]]:
-    """The views of an image that `Encoder.embed` averages: mirrored or not, moved by so many pixels in x and y alike."""
+    """The views of an image that `Encoder.embed` averages: mirrored or not, moved by so many pixels in x and y."""
     return [
         (mirrored, moved)
         for moved in ((0, shift, -shift) if shift else (0,))
