@@ -7,8 +7,6 @@ from typing import Any
 
 from jinja2 import Environment
 
-Part = tuple[str, Any]  # a tag of HTML and what stands in it
-
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -34,18 +32,18 @@ img { max-width: 100% } pre { background: #f4f4f4; padding: .8rem; overflow-x: a
 """
 
 
-def page(title: str, parts: Iterable[Part]) -> str:
+def page(title: str, parts: Iterable[tuple[str, Any]]) -> str:
     """The page. A part is what `table` or `figure` return, or a tag and its text, such as ("h2", "Config")."""
     environment = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE).render(title=title, parts=parts)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Part:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> tuple[str, Any]:
     """A table of plain texts; `head` may be empty."""
     cells = [[("td", cell) for cell in row] for row in rows]
     return "table", [[("th", cell) for cell in head], *cells] if head else cells
 
 
-def figure(path: Path, text: str) -> Part:
+def figure(path: Path, text: str) -> tuple[str, Any]:
     """The PNG file `path`; `text` is its caption and its alternative text."""
     return "figure", {"text": text, "png": base64.b64encode(path.read_bytes()).decode()}

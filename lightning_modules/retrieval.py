@@ -30,23 +30,20 @@ def retrieval_statistics(
       al., "A Metric Learning Reality Check", 2020, section 3.2). 0 where R is 0.
     - alignment: mean of ‖x − y‖² over the bank's y of the query's class, on the unit sphere; uniformity: mean of
       exp(−2 ‖x − y‖²) over the whole bank (T. Wang & P. Isola, 2020, equations 2 and 3, between two sets).
-
     `labels` (Q,) and `bank_labels` (N,) int64 in [0, num_classes).
     """
     if not len(queries):
         return bank.new_zeros(0, len(STATISTICS))
     bank, members = F.normalize(bank, dim=1), bank_labels.bincount(minlength=num_classes)
     places = max(int(members[labels.unique()].max()), min(k, len(bank)))
-    # ‖x − y‖² = 2 − 2 s on the sphere, and the mean of s over a class is x times the mean of the class.
+    # ‖x − y‖² = 2 − 2 s on the sphere, and the mean of s over a class is x times the class's mean.
     means = bank.new_zeros(num_classes, bank.shape[1]).index_add_(0, bank_labels, bank) / members.clamp_min(1)[:, None]
-    place = torch.arange(1, places + 1, device=bank.device)
-    blocks = []
+    place, blocks = torch.arange(1, places + 1, device=bank.device), []
     for x, y in zip(*(t.split(max(1, CHUNK // len(bank))) for t in (F.normalize(queries, dim=1), labels))):
         similarity, size = x @ bank.T, members[y]
         nearest, index = similarity.topk(places, dim=1)
-        neighbours = bank_labels[index]
-        votes = _votes(nearest[:, :k], neighbours[:, :k], num_classes, temperature)
-        of_class = neighbours == y[:, None]
+        votes = _votes(nearest[:, :k], bank_labels[index[:, :k]], num_classes, temperature)
+        of_class = bank_labels[index] == y[:, None]
         hits = (of_class & (place <= size[:, None])).float()
         columns = (
             votes.argmax(1) == y,
