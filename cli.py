@@ -78,7 +78,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class CLI(LightningCLI):
     """`fit | validate | test | predict`; `--ckpt_path best | last | FILE | RUN_FOLDER`.
 
-    A run's folder is claimed once trainer, model and data are made, and is removed if the command is refused after that.
+    A run's folder is claimed once trainer, model and data are made. It is removed if the command is refused later.
     """
 
     def __init__(self, args: list[str] | None = None, description: str = "") -> None:

@@ -58,8 +58,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             write(path, lambda file: torch.save(checkpoint, file), keep=PREVIOUS if path.name == LAST else None)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
             raise InputError(
-                f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are intact: make room and"
-                " resume with --ckpt_path last"
+                f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are intact: make room"
+                " and resume with --ckpt_path last"
             ) from error
 
     def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
@@ -172,7 +172,7 @@ class Run:
                 warnings.warn(f"{error}; {following} is used instead", stacklevel=2)
 
     def best(self) -> Path:
-        """The best checkpoint by validation; the last where nothing was validated. Raises InputError where it is gone."""
+        """The best checkpoint by validation, or the last where none was. Raises InputError where it is gone."""
         best = (self.finished or {}).get("best")
         if best is None:
             last = self.last()
@@ -187,8 +187,8 @@ class Run:
 
 def resolve_checkpoint(path: str, runs: Path, resume: bool = False) -> Path:
     """The checkpoint file that `path` means: a file, a run folder (its best one), or `best` / `last` of the newest run
-    in the folder `runs`. To `resume` a fit, a folder or `last` mean its last one, or the untrained one where the run got
-    no farther. Raises InputError where there is none."""
+    in the folder `runs`. To `resume` a fit, a folder or `last` mean its last one, or the untrained one where the run
+    got no farther. Raises InputError where there is none."""
     if path in ("best", "last"):
         found = [run for run in Run.all(runs) if run.checkpoints.is_dir()]
         if not found:

@@ -68,8 +68,8 @@ def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -
         split = f"data.val_size {data['val_size']} and data.split_seed {data['split_seed']}"
         seen = datamodule.seen_in_validation(data["val_size"], data["split_seed"])
         raise InputError(
-            f"{path}: the encoder was trained with {split} and has seen {seen} of this command's validation images; give"
-            " the same split, or fit the encoder again"
+            f"{path}: the encoder was trained with {split} and has seen {seen} of this command's validation images;"
+            " give the same split, or fit the encoder again"
         )
 
 

@@ -18,9 +18,10 @@ class LastCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt` at every epoch's end, every so many steps between, at `max_steps`, and after other
     validations.
 
-    SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the validation it is in, with that checkpoint and
-    exit code 143 or 130. A second one ends it at once. A loss that is not finite ends the fit with InputError, and is in
-    no checkpoint. It is looked at in every step; on a GPU in every tenth, in each epoch's last and before checkpoints.
+    SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the validation it is in, with that checkpoint
+    and exit code 143 or 130. A second one ends it at once. A loss that is not finite ends the fit with InputError, and
+    is in no checkpoint. It is looked at in every step; on a GPU in every tenth, in each epoch's last and before each
+    checkpoint.
 
     Args:
         every_n_steps: steps between two checkpoints within an epoch.

@@ -17,10 +17,10 @@ from run_folder import FINISHED, STEP0, folder_of, write
 class RunFiles(SaveConfigCallback):
     """Added to every run by the command line.
 
-    Writes `config.yaml` once a run has started, never over another one. Writes `checkpoints/step0.ckpt` before the first
-    step, and `finished.json` (seconds since the trainer was made, steps, metrics, best checkpoint, peak memory) at the
-    fit's end. A run that stops within an epoch (`max_steps`) is validated and saved there as at an epoch's end. A fit
-    that resumes takes over the run's number of threads, on which results depend.
+    Writes `config.yaml` once a run has started, never over another one. Writes `checkpoints/step0.ckpt` before the
+    first step, and `finished.json` (seconds since the trainer was made, steps, metrics, best checkpoint, peak memory)
+    at the fit's end. A run that stops within an epoch (`max_steps`) is validated and saved there as at an epoch's end.
+    A fit that resumes takes over the run's number of threads, on which results depend.
     """
 
     def __init__(self, *args, **kwargs) -> None:

@@ -105,8 +105,8 @@ def with_odd_value(rng, tree, outside):
 
 
 def outcome(call, forged=False):
-    """`accepted`, or the line of an InputError; anything else that is raised fails the test, unless the file is an intact
-    archive with a `forged` state. Seconds and memory bounded."""
+    """`accepted`, or the line of an InputError; anything else that is raised fails the test, unless the file is an
+    intact archive with a `forged` state. Seconds and memory bounded."""
     began, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         call()

@@ -1,4 +1,4 @@
-"""Data and numbers that are hard on a fit: losses that are not finite, bfloat16, noise, classes of one image, 100 classes."""
+"""Data and numbers that are hard on a fit: losses that are not finite, bfloat16, noise, odd classes."""
 
 import numpy as np
 import pytest

@@ -101,7 +101,7 @@ def main(file: str) -> None:
     for name in ("multi-negative", "margin, random, Euclidean", "margin, all, Euclidean on the sphere"):
         found[f"{name}, 20 steps"] = fit(LOSSES[name], "64-true", 20)
     for name in ("multi-negative", "prototypical", "margin, all, Euclidean on the sphere"):
-        # At a low rate: at 0.02, rounding errors grow so fast in float32 that 1 and 2 threads of one process part as well.
+        # At a low rate: at 0.02, rounding grows so fast in float32 that 1 and 2 threads of one process differ as much.
         found[f"{name}, float32"] = fit(LOSSES[name], "32-true", 20, lr=1e-4)
     found["BatchNorm"] = bare_batch_norm()
     found["multi-negative, local"] = fit(MultiNegativeLoss, "64-true", 1, global_mining=False)

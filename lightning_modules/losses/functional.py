@@ -113,7 +113,7 @@ def supcon_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 
 def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over anchors of the cross-entropy of softmax_c(s(a, m_c) / τ), m_c the mean direction of the batch's class c.
+    """Mean over anchors of the cross-entropy of softmax_c(s(a, m_c) / τ), m_c the mean direction of class c.
 
     The anchor is left out of its own class's mean, s is the cosine similarity: the softmax loss of L. Wan et al.,
     "Generalized End-to-End Loss for Speaker Verification", 2018, equations 6 and 8, with a fixed temperature, after J.
