@@ -108,11 +108,8 @@ def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tu
         cause = error  # jsonargparse wraps what a constructor raises
         while cause.__cause__ and not isinstance(cause, InputError):
             cause = cause.__cause__
-        why = first_line(cause) if isinstance(cause, InputError) else f"{type(cause).__name__}: {first_line(cause)}"
         remedy = "where the run's data has moved, give --data_root"
-        raise InputError(
-            f"{path}: its stage and data cannot be built from the config in it ({why}); {remedy}"
-        ) from error
+        raise InputError(f"{path}: cannot be built from the config in it ({first_line(cause)}); {remedy}") from error
     return made.model, images[:VERIFIED].permute(0, 3, 1, 2).float() / 255
 
 
