@@ -254,7 +254,8 @@ def test_bad_input_through_the_real_command(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_fit_without_the_configs_callbacks_ends_in_its_lines_too(run, capsys):
+def test_a_fit_with_callbacks_of_its_own_or_without_a_logger_ends_in_its_lines_too(tmp_path, run, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run(
         "fit",
         "triplet_encoder",
@@ -270,7 +271,8 @@ def test_a_fit_without_the_configs_callbacks_ends_in_its_lines_too(run, capsys):
         "--trainer.callbacks=TQDMProgressBar",
         "--trainer.logger=false",
     )
-    assert "without a logger nothing is written" in capsys.readouterr().out
+    assert f"without a logger only checkpoints are written: {tmp_path}" in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "softmax_regression").exists()
 
 
 def test_a_batch_whose_pairs_fill_the_memory_is_worked_on_in_blocks(run, monkeypatch, capsys):
@@ -282,7 +284,7 @@ def test_a_batch_whose_pairs_fill_the_memory_is_worked_on_in_blocks(run, monkeyp
     ]
     whole = run("fit", "triplet_encoder", *options)
     assert "blocks" not in capsys.readouterr().out
-    for module in ("triplets", "triplet_encoder"):
+    for module in ("losses.triplets", "triplet_encoder"):
         monkeypatch.setattr(f"lightning_modules.{module}.MATRIX", 10 * whole.datamodule.batch_size)
     blocks = run("fit", "triplet_encoder", *options)
     assert "are worked on in 6 blocks" in capsys.readouterr().out
