@@ -1,10 +1,8 @@
 """The command line: LightningCLI with callbacks by name, defaults in code, and one folder for each run."""
 
 import argparse
-import logging
-import os
+import inspect
 import re
-import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,43 +14,18 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from callbacks import (
-    TSNE,
-    BestCheckpoint,
-    Curves,
-    FrozenEncoder,
-    Inspection,
-    LastCheckpoint,
-    MiningMonitor,
-    ModelParts,
-    PredictionWriter,
-    Progress,
-    Report,
-    RetrievalMonitor,
-    RunFiles,
-    TrainingMonitor,
-)
+from callbacks import NAMED, ModelParts, Progress, RunFiles
 from callbacks.run_files import peak_memory
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError, causes, first_line, require
 from lightning_modules import Stage, TripletEncoder
 from run_folder import Run, WholeCheckpointIO, resolve_checkpoint
 
-# The options of each are `--<name>.<option>`; what does not apply to a stage does nothing there.
-CALLBACKS = {
-    "best_checkpoint": BestCheckpoint,
-    "last_checkpoint": LastCheckpoint,
-    "frozen_encoder": FrozenEncoder,
-    "curves": Curves,
-    "training_monitor": TrainingMonitor,
-    "mining_monitor": MiningMonitor,
-    "retrieval_monitor": RetrievalMonitor,
-    "tsne": TSNE,
-    "inspection": Inspection,
-    "prediction_writer": PredictionWriter,
-    "report": Report,
+WRITTEN = {
+    "validate": "config and TensorBoard events of this validation",
+    "test": "report.html, config and TensorBoard events of this test",
+    "predict": "predictions.csv, config and TensorBoard events",
 }
-PICTURES = ("curves", "retrieval_monitor", "tsne", "inspection")
 
 
 class Parser(LightningArgumentParser):
@@ -83,7 +56,6 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None, description: str = "") -> None:
-        quiet_lightning()
         self.parsers: list[LightningArgumentParser] = []
         self.run: Run | None = None
         shown = {"description": description, "formatter_class": HelpFormatter}
@@ -115,10 +87,11 @@ class CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--quiet", action="store_true", help="no progress bar, no tables, no closing lines")
         parser.add_argument("--pictures", type=bool, default=True, help="draw figures, into files and TensorBoard")
-        for name, callback in CALLBACKS.items():
+        for callback in NAMED:
+            name = snake_case(callback.__name__)
             parser.add_lightning_class_args(callback, name)
-        for name in PICTURES:
-            parser.link_arguments("pictures", f"{name}.pictures")
+            if "pictures" in inspect.signature(callback).parameters:
+                parser.link_arguments("pictures", f"{name}.pictures")
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         self.parsers.append(parser)
 
@@ -153,10 +126,10 @@ class CLI(LightningCLI):
             if "verbose" in config:
                 config.verbose = False
         listed = {spec.class_path.rsplit(".", 1)[-1] for spec in specs(trainer.callbacks)}
-        replaced = {name for name, callback in CALLBACKS.items() if callback.__name__ in listed}
+        replaced = set(map(snake_case, listed))
         if trainer.barebones:
             trainer.logger, trainer.log_every_n_steps, trainer.num_sanity_val_steps = None, None, None
-            replaced |= CALLBACKS.keys() - {"frozen_encoder", "prediction_writer"}
+            replaced |= {snake_case(c.__name__) for c in NAMED} - {"frozen_encoder", "prediction_writer"}
         elif trainer.enable_checkpointing is False:
             replaced |= {"best_checkpoint", "last_checkpoint"}
         for parser in self.parsers:
@@ -212,21 +185,13 @@ class CLI(LightningCLI):
         look = f"Look: tensorboard --logdir {self.runs.parent}"
         self._say("\n".join([*lines, f"Next: python main.py {following}", look]))
 
-    def after_validate(self) -> None:
-        self._say(f"{self._folder}: config and TensorBoard events of this validation")
-
     def after_test(self) -> None:
-        run = self._folder.parent if self._folder else self.runs
-        self._say(
-            f"{self._folder}: report.html, config and TensorBoard events of this test. Look: tensorboard --logdir {run}"
-        )
+        if self.run is not None:
+            self._say(
+                f"{self.run.folder}: {WRITTEN[self.subcommand]}. Look: tensorboard --logdir {self.run.folder.parent}"
+            )
 
-    def after_predict(self) -> None:
-        self._say(f"{self._folder}/predictions.csv")
-
-    @property
-    def _folder(self) -> Path | None:
-        return None if self.run is None else self.run.folder
+    after_validate = after_predict = after_test
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero and not self.config[self.subcommand].quiet:
@@ -245,8 +210,12 @@ def runs_folder(config: Namespace) -> Path:
     logger = named[0] if named else {}
     name, model = logger.get("name"), config.model.class_path.rsplit(".", 1)[-1]
     if name in (None, "lightning_logs"):  # Lightning's default
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", model).lower()
+        name = snake_case(model)
     return Path(logger.get("save_dir") or "runs") / name
+
+
+def snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
 def has_folder(logger: Logger) -> bool:
@@ -267,26 +236,3 @@ def bf16_is_native() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
-
-
-def quiet_lightning() -> None:
-    """Leaves out the trainer's lines about TPUs and other products, and warnings about what is meant to be so."""
-    if not torch.cuda.is_available():
-        # Lightning has CUDA looked for by NVML, for which an optimiser opens its library anew at every step.
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-    for name in (
-        "pytorch_lightning.utilities.rank_zero",
-        "pytorch_lightning.trainer.connectors.checkpoint_connector",
-        "lightning_fabric.utilities.seed",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        r".*in eval mode at the start of training",  # the frozen encoder
-        r".*The dirpath has changed from",  # test and predict write beside the checkpoints they read
-        r".*Checkpoint directory .* exists and is not empty",  # a resumed run writes on in its folder
-        r".*smaller than the logging interval",  # epochs are logged all the same
-        r".*args parameter is intended to run from within Python",  # reproduce.py does
-        r".*is not supported by the model summary",  # bf16: the size of the weights in MB is that of float32, as it is
-        r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
-    ):
-        warnings.filterwarnings("ignore", message)

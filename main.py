@@ -16,8 +16,11 @@ DEBUG=1 shows the traceback behind an error's one line.
 """
 
 import ctypes
+import logging
+import os
 import platform
 import sys
+import warnings
 
 from errors import InputError, causes, one_line
 
@@ -34,6 +37,7 @@ def main(args: list[str] | None = None):
     from cli import CLI
 
     keep_freed_memory()
+    quiet_lightning()
     try:
         return CLI(args, __doc__)
     except Exception as error:
@@ -55,6 +59,31 @@ def keep_freed_memory() -> None:
         # malloc.h: M_MMAP_MAX: no block by mmap; M_TRIM_THRESHOLD: never shrink; M_TOP_PAD: grow by 64 MiB.
         for parameter, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
             libc.mallopt(parameter, value)
+
+
+def quiet_lightning() -> None:
+    """Leaves out the trainer's lines about TPUs and other products, and warnings about what is meant to be so."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Lightning has CUDA looked for by NVML, for which an optimiser opens its library anew at every step.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    for name in (
+        "pytorch_lightning.utilities.rank_zero",
+        "pytorch_lightning.trainer.connectors.checkpoint_connector",
+        "lightning_fabric.utilities.seed",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*in eval mode at the start of training",  # the frozen encoder
+        r".*The dirpath has changed from",  # test and predict write beside the checkpoints they read
+        r".*Checkpoint directory .* exists and is not empty",  # a resumed run writes on in its folder
+        r".*smaller than the logging interval",  # epochs are logged all the same
+        r".*args parameter is intended to run from within Python",  # reproduce.py does
+        r".*is not supported by the model summary",  # bf16: the size of the weights in MB is that of float32, as it is
+        r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def leave_processes() -> None:

@@ -11,8 +11,9 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.common import arguments, machine, show
 from callbacks.checkpoints import FINISHED
+
+from benchmarks.common import arguments, machine, show
 from main import main as command
 
 CONFIG = Path(__file__).parent.parent / "configs" / "triplet_encoder.yaml"

@@ -20,11 +20,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+from callbacks.checkpoints import FINISHED
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from benchmarks.common import arguments, in_turn, machine, median_ratio, show
-from callbacks.checkpoints import FINISHED
 from datamodules.arrays import read_npz
 from main import main as command
 

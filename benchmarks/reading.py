@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from callbacks.checkpoints import load_checkpoint, resolve_checkpoint
 from torch import Tensor, nn
 
-from callbacks.checkpoints import load_checkpoint, resolve_checkpoint
 from callbacks.frozen_encoder import encoder_from_checkpoint
 from datamodules import CIFAR10DataModule
 from datamodules.arrays import ImageSet

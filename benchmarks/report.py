@@ -14,9 +14,9 @@ import csv
 import json
 from pathlib import Path
 
+from callbacks.checkpoints import newest_finished
 from matplotlib.figure import Figure
 
-from callbacks.checkpoints import newest_finished
 from main import main as command
 
 CONFIGS = Path(__file__).parent.parent / "configs"

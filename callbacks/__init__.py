@@ -15,19 +15,18 @@ from callbacks.run_files import RunFiles
 from callbacks.training_monitor import TrainingMonitor
 from callbacks.tsne import TSNE
 
-__all__ = [
-    "BestCheckpoint",
-    "Curves",
-    "FrozenEncoder",
-    "Inspection",
-    "LastCheckpoint",
-    "MiningMonitor",
-    "ModelParts",
-    "PredictionWriter",
-    "Progress",
-    "Report",
-    "RetrievalMonitor",
-    "RunFiles",
-    "TSNE",
-    "TrainingMonitor",
-]
+# Those whose options the command line has, as `--<class in snake case>.<option>`; what does not apply to a stage does
+# nothing there. The command line adds Progress, ModelParts and RunFiles by itself.
+NAMED = (
+    BestCheckpoint,
+    LastCheckpoint,
+    FrozenEncoder,
+    Curves,
+    TrainingMonitor,
+    MiningMonitor,
+    RetrievalMonitor,
+    TSNE,
+    Inspection,
+    PredictionWriter,
+    Report,
+)

@@ -22,31 +22,3 @@ from lightning_modules.regression import LogisticRegression, SoftmaxRegression
 from lightning_modules.stage import Stage
 from lightning_modules.supervised_encoder import SupervisedEncoder
 from lightning_modules.triplet_encoder import TripletEncoder
-
-__all__ = [
-    "BatchLoss",
-    "CosineDistance",
-    "EuclideanDistance",
-    "EncoderStage",
-    "FastEncoder",
-    "FineTune",
-    "LMNNLoss",
-    "LinearProbe",
-    "LinearProbeGrid",
-    "LogisticRegression",
-    "MLPProbe",
-    "MahalanobisDistance",
-    "MultiNegativeLoss",
-    "PairwiseContrastiveLoss",
-    "Probe",
-    "PrototypicalLoss",
-    "ReportEncoder",
-    "SoftMarginTripletLoss",
-    "SoftmaxRegression",
-    "Stage",
-    "SupConLoss",
-    "SupervisedEncoder",
-    "TorchvisionEncoder",
-    "TripletEncoder",
-    "TripletMarginLoss",
-]

@@ -1,6 +1,5 @@
 """What every stage shares: its steps, its means, its optimiser, and what its checkpoint says of itself."""
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ from errors import InputError, require
 from lightning_modules.distributed import share_batch_norm
 from lightning_modules.identity import agree, check_shapes
 from lightning_modules.means import Mean
+from lightning_modules.schedule import triangle
 
 Batch = tuple[Tensor, Tensor]
 
@@ -240,17 +240,3 @@ class Stage(LightningModule):
         self.load_state_dict(checkpoint["state_dict"])
         self.class_names = checkpoint["stage"].get("class_names")
         self.eval()
-
-
-def triangle(total: int, warmup: float) -> Callable[[int], float]:
-    """Learning rate factor at step s of `total`: 0 → 1 over the share `warmup`, then 1 → 0; within them never 0 itself.
-
-    A function, of which LambdaLR saves nothing: a resumed fit follows the schedule of its own length.
-    """
-    peak = warmup * total
-
-    def factor(step: int) -> float:
-        rising = (step + 1) / peak if step + 1 < peak else 1.0
-        return max(0.0, min(rising, (total - step) / max(total - peak, 1.0)))
-
-    return factor

@@ -8,7 +8,7 @@ from datamodules import DigitsDataModule
 from errors import InputError
 from lightning_modules import LogisticRegression, SoftmaxRegression
 from lightning_modules.regression import PixelLinear
-from lightning_modules.stage import triangle
+from lightning_modules.schedule import triangle
 
 
 def fit(model, data=None, **options):

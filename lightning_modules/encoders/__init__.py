@@ -4,5 +4,3 @@ from lightning_modules.encoders.contract import CompileMode, Encoder, build_enco
 from lightning_modules.encoders.fast import FastEncoder
 from lightning_modules.encoders.report import ReportEncoder
 from lightning_modules.encoders.torchvision import TorchvisionEncoder
-
-__all__ = ["CompileMode", "Encoder", "FastEncoder", "ReportEncoder", "TorchvisionEncoder", "build_encoder"]

@@ -11,17 +11,3 @@ from lightning_modules.losses.modules import (
     SupConLoss,
     TripletMarginLoss,
 )
-
-__all__ = [
-    "BatchLoss",
-    "CosineDistance",
-    "EuclideanDistance",
-    "LMNNLoss",
-    "MahalanobisDistance",
-    "MultiNegativeLoss",
-    "PairwiseContrastiveLoss",
-    "PrototypicalLoss",
-    "SoftMarginTripletLoss",
-    "SupConLoss",
-    "TripletMarginLoss",
-]
