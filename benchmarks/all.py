@@ -1,55 +1,61 @@
-"""Runs the benchmarks one after the other and writes what they print to benchmarks/RESULTS.md, and JSON to --out.
+"""Runs the benchmarks one after the other, each in a process of its own, and writes benchmarks/RESULTS.md.
 
 pip install -e '.[benchmarks]' && python -m benchmarks.all          # on an idle machine
 python -m benchmarks.all startup probe                              # these alone; the others keep their results
+python -m benchmarks.all --dry-run                                  # whether all of them work; writes no results
 """
 
-import argparse
+import json
 import subprocess
 import sys
+import tempfile
 from datetime import date
 from importlib import import_module
 from pathlib import Path
 
-NAMES = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "memory", "inspection")
+from benchmarks.common import arguments, table
+from errors import InputError, one_line
+
+NAMES = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "inspection")
+ON_REQUEST = ("gpu",)
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="folder of the JSON files")
+    parser = arguments("benchmarks.all", __doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES + ON_REQUEST)}")
     options = parser.parse_args()
-    unknown = set(options.names) - set(NAMES)
-    if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    sections = dict(part.split("\n", 1) for part in RESULTS.read_text().split("\n## ")[1:]) if RESULTS.is_file() else {}
+    if unknown := set(options.names) - set(NAMES + ON_REQUEST):
+        raise InputError(f"no benchmark {', '.join(unknown)}; there are {', '.join(NAMES + ON_REQUEST)}")
+    given = ["--dry-run"] if options.dry_run else [f"--repetitions={options.repetitions}"]
+    found = {}
     for name in options.names or NAMES:
         print(f"{name} …", flush=True)
-        needs_data = (
-            ["--data-dir", options.data_dir]
-            if name in ("training", "probe", "regression", "scaling", "inspection")
-            else []
-        )
-        command = ["-m", f"benchmarks.{name}", *needs_data]
-        given = [*command, "--json", str(options.out / f"{name}.json")]
-        printed = subprocess.run(
-            [sys.executable, *given], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout.splitlines()
-        first = next(i for i, line in enumerate(printed) if line.startswith("| "))
-        says = next(line for line in reversed(printed[:first]) if line)  # machine and versions
-        table = [line for line in printed[first:] if line.startswith("|") or line.startswith("ratio")]
-        table += ["", *(line for line in printed if "does not fit" in line)]
-        title = import_module(f"benchmarks.{name}").__doc__.strip().split("\n\n")[0]
-        text = [title, "", f"`python {' '.join(command)}`, {date.today()}: {says}", "", *table, ""]
-        sections[name] = "\n".join(text)
-        parts = [f"## {key}\n{sections[key]}" for key in NAMES if key in sections]
-        head = "# Benchmarks\n\nMedians of repetitions in turn, written by `python -m benchmarks.all`.\n\n"
-        RESULTS.write_text(head + "\n".join(parts).rstrip() + "\n")
+        found[name] = measured(name, [*given, *([] if options.dry_run else ["--data-dir", options.data_dir])])
+        if not options.dry_run:
+            write(name, f"python -m benchmarks.{name} {' '.join(given)}", **found[name])
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def measured(name: str, given: list[str]) -> dict:
+    """`machine` and `rows` of a benchmark."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", *given, "--json", str(file)]
+        subprocess.run(command, check=True)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write(name: str, command: str, machine: str, rows: list[dict]) -> None:
+    """Puts a benchmark's section into RESULTS.md, in place of the one there."""
+    head, *parts = RESULTS.read_text(encoding="utf-8").split("\n## ")
+    sections = dict(part.split("\n", 1) for part in parts)
+    title = import_module(f"benchmarks.{name}").__doc__.strip().split("\n\n")[0]
+    sections[name] = f"{title}\n\n`{command}`, {date.today()}: {machine}\n\n{table(rows)}\n"
+    parts = [f"## {key}\n{sections[key].rstrip()}\n" for key in NAMES + ON_REQUEST if key in sections]
+    RESULTS.write_text("\n".join([head.rstrip() + "\n", *parts]), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(one_line("python -m benchmarks.all", main))

@@ -3,50 +3,34 @@
 python -m benchmarks.startup
 """
 
-import statistics
+import argparse
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
 
-from benchmarks.common import arguments, in_turn, machine, median_ratio, show
-
-MAIN, CONFIGS = Path(__file__).parent.parent / "main.py", Path(__file__).parent.parent / "configs"
+from benchmarks.common import ROOT, Rows, in_turn, run, seconds, summary
 
 
-def main() -> None:
-    options = arguments(__doc__).parse_args()
-    config = ["--config", str(CONFIGS / "softmax_regression.yaml"), "--data=DigitsDataModule"]
+def rows(options: argparse.Namespace) -> Rows:
+    main = str(ROOT / "main.py")
+    config = ["fit", "--config", str(ROOT / "configs" / "softmax_regression.yaml"), "--data=DigitsDataModule"]
     with tempfile.TemporaryDirectory() as folder:
-        step = [
-            *config,
-            "--trainer.max_steps=1",
-            "--trainer.limit_val_batches=0",
-            f"--trainer.logger.save_dir={folder}",
-        ]
+        step = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", f"--trainer.logger.save_dir={folder}"]
         commands = {
             "import pytorch_lightning": ["-c", "import pytorch_lightning"],
-            "main.py --version": [str(MAIN), "--version"],
-            "main.py --help": [str(MAIN), "--help"],
-            "main.py fit --print_config": [str(MAIN), "fit", *config, "--print_config"],
-            "main.py fit, one step, its run written": [str(MAIN), "fit", *step],
+            "main.py --version": [main, "--version"],
+            "main.py --help": [main, "--help"],
+            "main.py fit --print_config": [main, *config, "--print_config"],
+            "main.py fit, one step, its run written": [main, *config, *step],
         }
 
         def measure(command: list[str]) -> float:
-            start = time.perf_counter()
-            subprocess.run([sys.executable, *command], check=True, capture_output=True)
-            return time.perf_counter() - start
+            return seconds(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
 
-        seconds = in_turn({name: (lambda c=c: measure(c)) for name, c in commands.items()}, options.repetitions)
-    base = seconds["import pytorch_lightning"]
-    rows = [
-        {"": name, "seconds": statistics.median(s), "÷ the import": median_ratio(s, base)}
-        for name, s in seconds.items()
-    ]
-    print(machine())
-    show(rows, options.json)
+        sides = {name: (lambda command=command: measure(command)) for name, command in commands.items()}
+        found = in_turn(sides, options.repetitions)
+    return summary(found, "s", dict.fromkeys(sides, "import pytorch_lightning"))
 
 
 if __name__ == "__main__":
-    main()
+    run("benchmarks.startup")
