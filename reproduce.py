@@ -1,157 +1,146 @@
-"""The whole ladder on one data set, from pixels to the contrastive encoder: one table and one page of what each step buys.
+"""The whole ladder on one data set, from pixels to the contrastive encoder: a table and a page of what each step buys.
 
     python reproduce.py --data digits                      # offline, about a minute
     python reproduce.py --data-dir data                    # CIFAR-10: .npz files there, or a download
     python reproduce.py --data-dir data --seeds 3          # mean and standard deviation over three seeds
 
-Every stage runs through main.py with its shipped config. Called again with the same --out, it goes on where it stopped,
-within a fit from its last checkpoint, and ends with the same accuracies.
+Every step runs through main.py with its shipped config. Called again with the same --out, the ladder resumes where it
+stopped, within a fit from its last checkpoint, and ends with the same accuracies.
 """
 
-import argparse
-import html
 import json
 import shlex
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from callbacks.checkpoints import FINISHED, newest_finished
-from callbacks.report import document, figure, table
-from errors import InputError
-from main import main, one_line
+from callbacks.figures import draw_accuracies, draw_costs
+from errors import InputError, OneLineParser, one_line, require
+from main import main
+from pages import figure, page, table
+from run_folder import FINISHED, Run, write
 
 CONFIGS = Path(__file__).parent / "configs"
-# Validation accuracies the report states; it has no test accuracies (its test images came without labels).
-REPORT = {
-    "logistic_regression": 0.8030,
-    "softmax_regression": 0.3684,
-    "random_encoder_linear_probe": None,
-    "triplet_encoder_knn": None,
-    "triplet_encoder_linear_probe": 0.8315,
-    "triplet_encoder_mlp_probe": 0.875,
-    "fine_tuned_encoder": None,
-    "supervised_encoder": None,
-    "supervised_encoder_linear_probe": None,
-}
-# Whose training the row of `draw_costs` counts besides its own.
-ENCODERS = {
-    **dict.fromkeys(
-        ("triplet_encoder_linear_probe", "triplet_encoder_mlp_probe", "fine_tuned_encoder"), "triplet_encoder_knn"
-    ),
-    "supervised_encoder_linear_probe": "supervised_encoder",
-}
-# 1,077 digits are two batches of 512, so that batches shrink and epochs grow in number.
-DIGITS = {
-    "logistic_regression": ["--data.batch_size=128"],
-    "softmax_regression": ["--data.batch_size=128", "--trainer.max_epochs=30"],
-    "triplet_encoder": ["--data.batch_size=128"],
-    "linear_probe": ["--data.batch_size=128"],
-    "mlp_probe": ["--data.batch_size=128"],
-    "fine_tune": ["--data.batch_size=128"],
-    "supervised_encoder": ["--data.batch_size=128", "--model.lr=0.2"],
-}
+PLAIN = "--pictures=false"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the ladder: a fit, then the accuracy of its best checkpoint on validation and test images.
+
+    Args:
+        name: the step's name in the results.
+        config: its file in configs/.
+        run: the folder of its runs.
+        metric: the accuracy that goes into the results.
+        on: the run whose encoder it starts from; None: it has its own, or none.
+        untrained: take that encoder as it was before its first training step.
+        report: validation accuracy that the report states; it has no test accuracies (its test images had no labels).
+        digits: further options on digits. Figures take a third of the time there; the page needs the encoder's alone.
+    """
+
+    name: str
+    config: str
+    run: str
+    metric: str = "accuracy"
+    on: str | None = None
+    untrained: bool = False
+    report: float | None = None
+    digits: tuple[str, ...] = (PLAIN,)
+
+
+LOGISTIC, SOFTMAX, SUPERVISED = "logistic_regression", "softmax_regression", "supervised_encoder"
+LADDER = (
+    Step(LOGISTIC, LOGISTIC, LOGISTIC, report=0.8030, digits=(PLAIN, "--data.classes=[0,1]")),
+    Step(SOFTMAX, SOFTMAX, SOFTMAX, report=0.3684, digits=(PLAIN, "--trainer.max_epochs=30")),
+    Step("random_encoder_linear_probe", "linear_probe", "random_encoder", on="triplet_encoder", untrained=True),
+    Step("triplet_encoder_knn", "triplet_encoder", "triplet_encoder", metric="knn_accuracy", digits=()),
+    Step("triplet_encoder_linear_probe", "linear_probe", "linear_probe", on="triplet_encoder", report=0.8315),
+    Step("triplet_encoder_mlp_probe", "mlp_probe", "mlp_probe", on="triplet_encoder", report=0.875),
+    Step("fine_tuned_encoder", "fine_tune", "fine_tune", on="linear_probe"),
+    Step(SUPERVISED, SUPERVISED, SUPERVISED, digits=(PLAIN, "--model.lr=0.2")),
+    Step("supervised_encoder_linear_probe", "linear_probe", "supervised_probe", on=SUPERVISED),
+)
 
 
 class Ladder:
     """The runs of one seed, in `out/seed_S/`; finished rows are kept in `rows.json` there."""
 
-    def __init__(self, out: Path, seed: int, data: list[str], overrides: dict[str, list[str]]) -> None:
-        self.out, self.seed, self.data, self.overrides = out / f"seed_{seed}", seed, data, overrides
-        self.rows_file = self.out / "rows.json"
+    def __init__(self, out: Path, seed: int, data: list[str], digits: bool) -> None:
+        self.out, self.seed, self.data, self.digits = out / f"seed_{seed}", seed, data, digits
 
-    def run(self) -> dict[str, dict]:
-        rows = json.loads(self.rows_file.read_text()) if self.rows_file.is_file() else {}
-        for stage, function in {
-            "logistic_regression": lambda: self._classifier("logistic_regression"),
-            "softmax_regression": lambda: self._classifier("softmax_regression"),
-            "triplet_encoder_knn": self._triplet_encoder,
-            "random_encoder_linear_probe": lambda: self._probe(
-                "linear_probe", "random_encoder", checkpoint="step0.ckpt"
-            ),
-            "triplet_encoder_linear_probe": lambda: self._probe("linear_probe", "linear_probe"),
-            "triplet_encoder_mlp_probe": lambda: self._probe("mlp_probe", "mlp_probe"),
-            "fine_tuned_encoder": lambda: self._probe("fine_tune", "fine_tune"),
-            "supervised_encoder": lambda: self._classifier("supervised_encoder"),
-            "supervised_encoder_linear_probe": lambda: self._probe(
-                "linear_probe", "supervised_probe", "supervised_encoder"
-            ),
-        }.items():
-            if stage in rows:
-                print(f"[seed {self.seed}] {stage}: finished before", flush=True)
+    def climb(self) -> dict[str, dict]:
+        """Runs what has not finished yet; a row for each step, by its name."""
+        file, head = self.out / "rows.json", f"[seed {self.seed}]"
+        rows = json.loads(file.read_text()) if file.is_file() else {}
+        for step in sorted(LADDER, key=lambda step: step.on is not None):  # encoders before what starts from them
+            if step.name in rows:
+                print(f"{head} {step.name}: finished before", flush=True)
                 continue
-            print(f"[seed {self.seed}] {stage} …", flush=True)
-            self.finished_before, start = 0.0, time.monotonic()
-            val, test = function()
-            seconds = self.finished_before + time.monotonic() - start
-            rows[stage] = {"val": val, "test": test, "seconds": seconds, "fit_seconds": self.fit_seconds}
-            print(
-                f"[seed {self.seed}] {stage}: val {val:.4f}, test {test:.4f}, {rows[stage]['seconds']:.0f} s",
-                flush=True,
-            )
-            _write(self.rows_file, json.dumps(rows, indent=1))
+            print(f"{head} {step.name} …", flush=True)
+            rows[step.name] = self.row(step)
+            found = "val {val:.4f}, test {test:.4f}, {seconds:.0f} s".format(**rows[step.name])
+            print(f"{head} {step.name}: {found}", flush=True)
+            write(file, json.dumps(rows, indent=1) + "\n")
         return rows
 
-    def _main(self, command: str, config: str, name: str, *more: str):
-        classes = ["--data.classes=[0,1]"] if config == "logistic_regression" else []
-        logger = [f"--trainer.logger.save_dir={self.out}", f"--trainer.logger.name={name}"]
-        fixed = ["--config", str(CONFIGS / f"{config}.yaml"), *self.data, *classes, f"--seed_everything={self.seed}"]
-        cli = main([command, *fixed, *logger, *self.overrides.get(config, []), *more])
+    def row(self, step: Step) -> dict[str, float]:
+        start, runs = time.monotonic(), self.out / step.run
+        finished_before = any(runs.glob(f"version_*/{FINISHED}"))
+        if not finished_before:
+            self._fit(step, runs)
+        fit_seconds = Run.newest(runs).finished["seconds"]
+        validated = self._main("validate", step, "--ckpt_path=best", PLAIN)  # the test's report has the same figures
+        tested = self._main("test", step, "--ckpt_path=best")
+        seconds = time.monotonic() - start + (fit_seconds if finished_before else 0)
+        accuracies = {"val": validated[f"val/{step.metric}"], "test": tested[f"test/{step.metric}"]}
+        return {**accuracies, "seconds": seconds, "fit_seconds": fit_seconds}
+
+    def _fit(self, step: Step, runs: Path) -> None:
+        more = []
+        if step.on is not None:
+            encoder = Run.newest(self.out / step.on)
+            more.append(f"--frozen_encoder.run={encoder.step0 if step.untrained else encoder.folder}")
+        if any(runs.glob("version_*/checkpoints/*.ckpt")):  # of a fit that was interrupted
+            more.append("--ckpt_path=last")
+        self._main("fit", step, *more)
+
+    def _main(self, command: str, step: Step, *more: str) -> dict[str, float]:
+        logger = [f"--trainer.logger.save_dir={self.out}", f"--trainer.logger.name={step.run}"]
+        config = ["--config", str(CONFIGS / f"{step.config}.yaml"), *self.data, *(step.digits if self.digits else ())]
+        cli = main([command, *config, f"--seed_everything={self.seed}", *logger, *more])
         return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
-
-    def _fit(self, config: str, name: str, *more: str) -> None:
-        finished = any((self.out / name).glob(f"version_*/{FINISHED}"))
-        if not finished:
-            interrupted = any((self.out / name).glob("version_*/checkpoints/*.ckpt"))
-            self._main("fit", config, name, *more, *(["--ckpt_path=last"] if interrupted else []))
-        note = newest_finished(self.out / name) / FINISHED
-        self.fit_seconds = json.loads(note.read_text())["seconds"]
-        self.finished_before = self.fit_seconds if finished else 0.0
-
-    def _evaluate(self, config: str, name: str, metric: str) -> tuple[float, float]:
-        validated = self._main("validate", config, name, "--ckpt_path=best")
-        tested = self._main("test", config, name, "--ckpt_path=best")
-        return validated[f"val/{metric}"], tested[f"test/{metric}"]
-
-    def _classifier(self, config: str) -> tuple[float, float]:
-        self._fit(config, config)
-        return self._evaluate(config, config, "accuracy")
-
-    def _triplet_encoder(self) -> tuple[float, float]:
-        self._fit("triplet_encoder", "triplet_encoder")
-        return self._evaluate("triplet_encoder", "triplet_encoder", "knn_accuracy")
-
-    def _probe(
-        self, config: str, name: str, of: str = "triplet_encoder", checkpoint: str | None = None
-    ) -> tuple[float, float]:
-        run = newest_finished(self.out / of)
-        encoder = run / "checkpoints" / checkpoint if checkpoint else run
-        self._fit(config, name, f"--frozen_encoder.run={encoder}")
-        return self._evaluate(config, name, "accuracy")
 
 
 def summarise(ladders: list[dict[str, dict]], report: bool) -> list[dict]:
-    """One row for each stage: means over the seeds, sample standard deviations where there are several."""
+    """One row for each step: means over the seeds, sample standard deviations where there are several."""
+    by_run = {step.run: step for step in LADDER}
     rows = []
-    for stage in REPORT:
-        row = {"stage": stage}
+
+    def mean(step: Step, key: str) -> float:
+        return statistics.fmean(ladder[step.name][key] for ladder in ladders)
+
+    def training_seconds(step: Step | None) -> float:
+        if step is None:
+            return 0.0
+        return mean(step, "fit_seconds") + training_seconds(None if step.untrained else by_run.get(step.on))
+
+    for step in LADDER:
+        row = {"stage": step.name}
         for key in ("val", "test"):
-            values = [ladder[stage][key] for ladder in ladders]
-            row[f"{key}_accuracy"] = statistics.fmean(values)
+            values = [ladder[step.name][key] for ladder in ladders]
+            row[f"{key}_accuracy"] = mean(step, key)
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        for key in ("seconds", "fit_seconds"):
-            row[key] = statistics.fmean(ladder[stage][key] for ladder in ladders)
-        row["report"] = REPORT[stage] if report else None
-        rows.append(row)
+        row |= {key: mean(step, key) for key in ("seconds", "fit_seconds")}
+        rows.append({**row, "training_seconds": training_seconds(step), "report": step.report if report else None})
     return rows
 
 
 def write_results(rows: list[dict], out: Path, title: str, command: str) -> None:
     """Writes `results.json`, `results.md`, `results.png`, `cost.png` and `report.html` into `out`."""
-    _write(out / "results.json", json.dumps(rows, indent=1))
+    write(out / "results.json", json.dumps(rows, indent=1) + "\n")
 
     def cell(value: float | None, std: float | None = None) -> str:
         return "–" if value is None else f"{value:.4f}" + (f" ± {std:.4f}" if std is not None else "")
@@ -162,89 +151,47 @@ def write_results(rows: list[dict], out: Path, title: str, command: str) -> None
         accuracies = cell(r["val_accuracy"], r["val_std"]), cell(r["test_accuracy"], r["test_std"])
         cells.append([r["stage"], *accuracies, f"{r['seconds']:.0f}", f"{r['fit_seconds']:.0f}", cell(r["report"])])
     lines = [f"| {' | '.join(row)} |" for row in (head, *cells)]
-    _write(out / "results.md", "\n".join([f"# {title}", "", lines[0], "|---" * len(head) + "|", *lines[1:]]))
+    write(out / "results.md", "\n".join([f"# {title}", "", lines[0], "|---" * len(head) + "|", *lines[1:], ""]))
 
-    draw_accuracies(rows, title).savefig(out / "results.png", dpi=120)
-    draw_costs(rows, title).savefig(out / "cost.png", dpi=120)
-    tsne = newest_finished(out / "seed_0" / "triplet_encoder") / "tsne.png"
-    features = "t-SNE of training images' features before and after the encoder's training, a colour for each class"
+    tsne = Run.newest(out / "seed_0" / "triplet_encoder").folder / "tsne.png"
+    figures = {
+        out / "results.png": "Test accuracy of every stage; diamonds: what the report states",
+        out / "cost.png": "Test accuracy over the seconds of training, those of the encoder below it included",
+        tsne: "t-SNE of training images' features before and after the encoder's training, a colour for each class",
+    }
+    for path, draw in zip(figures, (draw_accuracies, draw_costs)):
+        write(path, lambda file: draw(rows, title).savefig(file, dpi=120))
+    configs = dict.fromkeys(step.config for step in LADDER)
     parts = [
         table(head, cells),
-        figure(out / "results.png", "Test accuracy of every stage, a bar each; diamonds: what the report states"),
-        figure(
-            out / "cost.png",
-            "Test accuracy over the seconds it took, a point for each stage, the encoder's fit included",
-        ),
-        *([figure(tsne, features)] if tsne.is_file() else []),
-        "<h2>Stages</h2>",
-        *(f"<h3>{config}</h3><pre>{html.escape((CONFIGS / f'{config}.yaml').read_text())}</pre>" for config in DIGITS),
-        f"<h2>Made by</h2><pre>{html.escape(command)}</pre>",
+        *(figure(path, text) for path, text in figures.items() if path.is_file()),
+        ("h2", "Stages"),
+        *(part for name in configs for part in (("h3", name), ("pre", (CONFIGS / f"{name}.yaml").read_text("utf-8")))),
+        ("h2", "Made by"),
+        ("pre", command),
     ]
-    _write(out / "report.html", document(f"What a contrastive encoder buys: {title}", parts))
-
-
-def draw_accuracies(rows: list[dict], title: str) -> Figure:
-    drawn = Figure(figsize=(9, 4), layout="constrained")
-    axes = drawn.subplots()
-    names = [r["stage"].replace("_", " ") for r in rows]
-    bars = axes.barh(names, [r["test_accuracy"] for r in rows], xerr=[r["test_std"] or 0 for r in rows], color="C0")
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    marked = [(r["report"], i) for i, r in enumerate(rows) if r["report"] is not None]
-    if marked:
-        axes.plot(*zip(*marked), "D", color="C1", label="report (validation)")
-        axes.legend(loc="center right", bbox_to_anchor=(1, 0.72))  # beside the short bars of the pixels' stages
-    axes.set(xlabel="test accuracy", xlim=(0, 1.08), title=title)
-    axes.invert_yaxis()
-    return drawn
-
-
-def draw_costs(rows: list[dict], title: str) -> Figure:
-    fits = {r["stage"]: r["fit_seconds"] for r in rows}
-    drawn = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = drawn.subplots()
-    for k, r in enumerate(rows):
-        seconds = r["fit_seconds"] + fits.get(ENCODERS.get(r["stage"]), 0)
-        style = {"color": f"C{k}", "marker": "osD^vP*X<"[k % 9], "linestyle": "none", "markersize": 8}
-        axes.errorbar(seconds, r["test_accuracy"], yerr=r["test_std"] or 0, label=r["stage"].replace("_", " "), **style)
-    axes.set(
-        xscale="log",
-        xlabel="seconds of training, the encoder's included",
-        ylabel="test accuracy",
-        ylim=(0, 1),
-        title=title,
-    )
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.3)
-    return drawn
-
-
-def _write(path: Path, text: str) -> None:
-    # Whole or not at all: a kill in the middle must not leave half a file for the next call to read.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(text + "\n")
-    path.with_suffix(".part").replace(path)
+    write(out / "report.html", page(f"What a contrastive encoder buys: {title}", parts))
 
 
 def reproduce(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: (_ for _ in ()).throw(InputError(message))
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--data", choices=["cifar10", "digits"], default="cifar10")
     parser.add_argument("--data-dir", default="data", help="folder of CIFAR-10 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=1, help="number of seeds, 0, 1, … (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of runs and results")
     options = parser.parse_args(args)
-    if options.seeds < 1:
-        raise InputError(f"--seeds {options.seeds}: must be at least 1")
+    require(options.seeds >= 1, "--seeds", options.seeds, "at least 1")
 
     digits = options.data == "digits"
-    data = ["--data=DigitsDataModule"] if digits else [f"--data.root={options.data_dir}"]
     settings = options.out / "settings.json"
     wanted = {"data": options.data, "data_dir": None if digits else options.data_dir}
     if settings.is_file() and json.loads(settings.read_text()) != wanted:
         raise InputError(f"{options.out} holds results of {settings.read_text().strip()}; give another --out")
-    _write(settings, json.dumps(wanted))
+    write(settings, json.dumps(wanted) + "\n")
 
-    ladders = [Ladder(options.out, seed, data, DIGITS if digits else {}).run() for seed in range(options.seeds)]
+    # 1,077 digits are few large batches.
+    data = ["--data=DigitsDataModule", "--data.batch_size=128"] if digits else [f"--data.root={options.data_dir}"]
+    ladders = [Ladder(options.out, seed, data, digits).climb() for seed in range(options.seeds)]
     rows = summarise(ladders, report=not digits)
     title = ("scikit-learn's digits" if digits else "CIFAR-10") + f", {options.seeds} seed{'s' * (options.seeds > 1)}"
     command = shlex.join(["python", "reproduce.py", *(sys.argv[1:] if args is None else args)])

@@ -1,34 +1,41 @@
-"""`metrics.csv` and `curves.png`: loss and accuracy over the steps, train and validation in one picture."""
+"""`metrics.csv` and `curves.png`: loss and accuracy over the steps of a fit."""
 
 import csv
+import io
 import time
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_warn
+
+from callbacks.figures import draw_curves, save
+from run_folder import folder_of, write
+
+DRAW_EVERY = 60.0  # seconds: drawing takes longer than an epoch of a small stage
 
 
 class Curves(Callback):
-    """Writes a row of `metrics.csv` for every step at which something was measured, and `curves.png` after epochs.
+    """Writes `metrics.csv`, a row for every step at which something was measured, after every epoch.
 
-    Drawing takes longer than an epoch of a small stage: the picture is drawn again only when the last drawing is
-    `DRAW_EVERY` seconds ago, and at the end, when it goes to TensorBoard too. A resumed run adds to the rows there are.
+    Draws `curves.png` once a minute and at the end of the fit, when it goes to TensorBoard too. A resumed run keeps the
+    rows that are there.
+
+    Args:
+        pictures: false: no `curves.png`.
     """
 
-    DRAW_EVERY = 60.0
-
-    def __init__(self) -> None:
+    def __init__(self, pictures: bool = True) -> None:
+        self.pictures = pictures
         self.rows: dict[int, dict[str, float]] = {}
-        self._drawn_at = -self.DRAW_EVERY
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = self._folder(trainer) / "metrics.csv" if trainer.logger else None
-        if trainer.is_global_zero and path is not None and path.is_file():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    if int(row["step"]) <= trainer.global_step:
-                        values = {k: float(v) for k, v in row.items() if v != "" and k != "step"}
-                        self.rows[int(row["step"])] = {**values, "epoch": int(row["epoch"])}
+        path, self._drawn_at = self._path(trainer), time.monotonic()
+        if path is not None and path.is_file():
+            rows, damaged = read_rows(path.read_text(encoding="utf-8", errors="replace"))
+            self.rows = {step: row for step, row in rows.items() if step <= trainer.global_step}
+            if damaged:
+                rank_zero_warn(f"{path}: damaged lines are dropped ({damaged})")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -36,43 +43,42 @@ class Curves(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, "train/", lr=trainer.optimizers[0].param_groups[0]["lr"])
-        if trainer.is_global_zero and trainer.logger:
-            folder = self._folder(trainer)
-            folder.mkdir(parents=True, exist_ok=True)
-            names = ["epoch", "lr", *sorted({k for row in self.rows.values() for k in row} - {"epoch", "lr"})]
-            with (folder / "metrics.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, ["step", *names], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
-            if time.monotonic() - self._drawn_at > self.DRAW_EVERY:
-                self._figure().savefig(folder / "curves.png", dpi=120)
-                self._drawn_at = time.monotonic()
+        if (path := self._path(trainer)) is not None:
+            names = sorted({name for row in self.rows.values() for name in row} - {"epoch", "lr"})
+            text = io.StringIO()
+            writer = csv.DictWriter(text, ["step", "epoch", "lr", *names], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
+            write(path, text.getvalue())
+        if self.pictures and folder_of(trainer) is not None and time.monotonic() - self._drawn_at > DRAW_EVERY:
+            save(trainer, draw_curves(self.rows), file="curves.png")
+            self._drawn_at = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and trainer.logger and self.rows:
-            figure = self._figure()
-            figure.savefig(self._folder(trainer) / "curves.png", dpi=120)
-            trainer.logger.experiment.add_figure("curves", figure, trainer.global_step)
+        if self.pictures and self.rows and folder_of(trainer) is not None:
+            save(trainer, draw_curves(self.rows), "curves", "curves.png")
 
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(trainer.logger.log_dir)
+    def _path(self, trainer: Trainer) -> Path | None:
+        folder, own = folder_of(trainer), not any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
+        return folder / "metrics.csv" if folder is not None and own else None  # CSVLogger writes one itself
 
     def _record(self, trainer: Trainer, prefix: str, **more: float) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
         # An epoch counts from 1 here: `epoch 1` is what the first pass over the data has brought.
         self.rows.setdefault(trainer.global_step, {}).update(metrics, epoch=trainer.current_epoch + 1, **more)
 
-    def _figure(self) -> Figure:
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-            for split, style in (("train", "o-"), ("val", "s--")):
-                points = [
-                    (s, r[f"{split}/{quantity}"]) for s, r in sorted(self.rows.items()) if f"{split}/{quantity}" in r
-                ]
-                if points:
-                    axes.plot(*zip(*points), style, markersize=3, label={"val": "validation"}.get(split, split))
-            axes.set(xlabel="step", ylabel=quantity)
-            axes.grid(alpha=0.3)
-            if axes.lines:
-                axes.legend()
-        return figure
+
+def read_rows(text: str) -> tuple[dict[int, dict[str, float]], int]:
+    """The rows of a `metrics.csv` by step, and the number of lines that cannot be read."""
+    rows, damaged = {}, 0
+    head, *lines = text.splitlines(keepends=True) or [""]
+    for line in lines:
+        try:
+            if not line.endswith("\n"):
+                raise ValueError("cut short, maybe within a number")
+            (row,) = csv.DictReader([head, line], strict=True)
+            step, epoch = int(row.pop("step")), int(row.pop("epoch"))
+            rows[step] = {"epoch": epoch, **{name: float(value) for name, value in row.items() if value != ""}}
+        except (KeyError, TypeError, ValueError, csv.Error):
+            damaged += 1
+    return rows, damaged

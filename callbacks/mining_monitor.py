@@ -1,45 +1,42 @@
-"""What the triplets of a batch look like while an encoder trains, and a sentence when something is wrong with them."""
-
-import math
+"""What the triplets of a batch look like while an encoder trains, and a warning when something is wrong with them."""
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 
-from errors import InputError
+from callbacks.figures import tensorboards
+from errors import require
+from lightning_modules import TripletEncoder
 from lightning_modules.mining import diagnose, measure
 
 LARGEST = 8192  # of a larger batch, the first so many embeddings are measured
 
 
 class MiningMonitor(Callback):
-    """Measures `pl_module.last_embeddings` in every so many steps of a fit, for TensorBoard and the progress bar.
+    """Measures the embeddings of a TripletEncoder's batch every so many steps, for TensorBoard and the progress bar.
 
-    `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none);
-    `mining/misordered`: share whose negative is nearer than the positive, a half by chance; `mining/ignored`: the same among
-    the active ones, which semi-hard mining leaves out;
-    `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n) (histograms: `mining/d_ap`, `mining/d_an`);
-    `mining/norm`: mean norm of the embeddings; `mining/spread`: mean standard deviation of a dimension (histogram:
-    `mining/spread_by_dimension`); `mining/effective_rank`: see `effective_rank`. Says once what `diagnose` finds wrong.
+    - `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none).
+    - `mining/misordered`: share of them whose negative is nearer than the positive, a half by chance; `mining/ignored`:
+      the same share of the active ones, which semi-hard mining leaves out.
+    - `mining/positive`, `mining/negative`: mean distances d(a, p), d(a, n); histograms `mining/d_ap`, `mining/d_an`.
+    - `mining/norm`: mean norm; `mining/spread`: mean standard deviation of a dimension, with histogram
+      `mining/spread_by_dimension`; `mining/effective_rank`: see `effective_rank`.
+
+    Warns once of what `diagnose` finds wrong. Does nothing for other stages.
 
     Args:
         every_n_steps: steps between two measurements.
-        patience: measurements that must find the same thing wrong before it is said, each that does not taking one off
-            (four times as many for `misordered` and `ignored`).
+        patience: measurements that must agree before a warning (four times as many for `misordered` and `ignored`); one
+            that finds nothing lowers the count by one.
         stop: also stop the fit then.
     """
 
     def __init__(self, every_n_steps: int = 50, patience: int = 3, stop: bool = False) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("patience", patience)):
-            if value < 1:
-                raise InputError(f"MiningMonitor {name} {value}: must be at least 1")
+        require(every_n_steps >= 1, "mining_monitor.every_n_steps", every_n_steps, "at least 1")
+        require(patience >= 1, "mining_monitor.patience", patience, "at least 1")
         self.every_n_steps, self.patience, self.stop = every_n_steps, patience, stop
         self._times: dict[str, int] = {}  # measurements that found it, less those that did not, never below 0
         self._said: set[str] = set()
         self._measured_at = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not hasattr(pl_module, "triplet_loss"):
-            raise InputError(f"MiningMonitor watches triplet encoders; {type(pl_module).__name__} is none")
 
     def state_dict(self) -> dict:
         return {"times": self._times, "said": sorted(self._said), "measured_at": self._measured_at}
@@ -49,23 +46,22 @@ class MiningMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        if step == self._measured_at or step % self.every_n_steps:  # accumulated batches share a step
-            return
+        if not isinstance(pl_module, TripletEncoder) or step == self._measured_at or step % self.every_n_steps:
+            return  # accumulated batches share a step
         self._measured_at = step
-        z, labels = (x[:LARGEST] for x in pl_module.last_embeddings)
-        loss = float(pl_module.last_loss)
-        if not (z.isfinite().all() and math.isfinite(loss)):
+        z, labels = outputs["embeddings"][:LARGEST].float(), outputs["labels"][:LARGEST]
+        loss = outputs["loss"] * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        if not (z.isfinite().all() and loss.isfinite()):
             return  # LastCheckpoint ends such a fit
-        measured, histograms = measure(pl_module.triplet_loss, z.float(), labels)
-        pl_module.log_dict(
-            {"active": measured["active"], "rank": measured["effective_rank"]}, prog_bar=True, logger=False
-        )
-        if trainer.logger:
-            trainer.logger.log_metrics({f"mining/{name}": value for name, value in measured.items()}, step)
-            if trainer.is_global_zero:
-                for name, values in histograms.items():
-                    trainer.logger.experiment.add_histogram(f"mining/{name}", values, step)
-        self._judge(trainer, diagnose(pl_module.triplet_loss, measured, loss))
+        measured, histograms = measure(pl_module.loss_function, z, labels)
+        shown = {"active": measured["active"], "rank": measured["effective_rank"]}
+        pl_module.log_dict(shown, prog_bar=True, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"mining/{name}": value for name, value in measured.items()}, step)
+        for logger in tensorboards(trainer):
+            for name, values in histograms.items():
+                logger.experiment.add_histogram(f"mining/{name}", values, step)
+        self._judge(trainer, diagnose(pl_module.loss_function, measured, float(loss)))
 
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
         # One measurement without it does not start its count anew: a batch is a small sample.
@@ -79,7 +75,6 @@ class MiningMonitor(Callback):
             self._said.add(kind)
             sentence = f"step {trainer.global_step}: {what}"
             rank_zero_warn(sentence)
-            if trainer.logger and trainer.is_global_zero:
-                trainer.logger.experiment.add_text("mining/diagnosis", sentence, trainer.global_step)
-            if self.stop:
-                trainer.should_stop = True
+            for logger in tensorboards(trainer):
+                logger.experiment.add_text("mining/diagnosis", sentence, trainer.global_step)
+            trainer.should_stop = trainer.should_stop or self.stop

@@ -1,32 +1,48 @@
-"""The progress bar: stage and epoch, loss and accuracy, images/s, and the time left of the whole fit."""
+"""The progress bar: one line that fits 80 columns."""
 
 import math
 import time
-from datetime import timedelta
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
+from tqdm import tqdm
 
 
-class Progress(RichProgressBar):
-    """Lightning's bar with the stage's name, epochs counted from 1, and the time that all remaining epochs will take."""
+class Progress(TQDMProgressBar):
+    """Lightning's bar with stage and epoch, loss, validation accuracy, the time left of the whole fit, and images/s.
+
+    Epochs count from 1. A narrower terminal cuts the line's end. The validations of a fit have no bar of their own,
+    which would take a second line.
+    """
+
+    def init_train_tqdm(self) -> tqdm:
+        bar = super().init_train_tqdm()
+        bar.bar_format = "{desc}{postfix} {bar}"
+        return bar
+
+    def init_validation_tqdm(self) -> tqdm:
+        return tqdm(disable=True) if self.trainer.state.fn == "fit" else super().init_validation_tqdm()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began, self._first, self._total = (
-            time.monotonic(),
-            trainer.global_step,
-            trainer.estimated_stepping_batches,
-        )
+        self._began, self._first = time.monotonic(), trainer.global_step
         super().on_train_start(trainer, pl_module)
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict:
-        items = super().get_metrics(trainer, pl_module)
-        items.pop("v_num", None)
-        if trainer.state.fn == "fit" and (done := trainer.global_step - self._first) and math.isfinite(self._total):
-            seconds = (time.monotonic() - self._began) / done * (self._total - trainer.global_step)
-            items["left"] = str(timedelta(seconds=round(seconds)))
-        return items
+    def on_train_epoch_start(self, trainer: Trainer, *args) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
+        stage = type(trainer.lightning_module).__name__
+        self.train_progress_bar.set_description_str(f"{stage} {trainer.current_epoch + 1}{last}")
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        last = "" if self.trainer.max_epochs in (None, -1) else f"/{self.trainer.max_epochs}"
-        return f"{type(self.trainer.lightning_module).__name__}, epoch {current_epoch + 1}{last}"
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+        metrics, shown = super().get_metrics(trainer, pl_module), {}
+        if "loss" in metrics:
+            shown["loss"] = f"{metrics['loss']:.3g}"
+        if "val/accuracy" in metrics:
+            shown["val"] = f"{metrics['val/accuracy']:.3f}"
+        steps, total = trainer.global_step - self._first, trainer.estimated_stepping_batches
+        if steps and math.isfinite(total):
+            left = (time.monotonic() - self._began) / steps * (total - trainer.global_step)
+            shown["left"] = tqdm.format_interval(left)
+        if "images/s" in metrics:
+            shown["img/s"] = tqdm.format_sizeof(metrics["images/s"])
+        return shown

@@ -10,21 +10,18 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
 
-from callbacks.checkpoints import FINISHED, STEP0
-from callbacks.run_logger import RunLogger
+from errors import require
+from run_folder import FINISHED, STEP0, folder_of, write
 
 
 class RunFiles(SaveConfigCallback):
     """Added to every run by the command line.
 
-    Writes `config.yaml` once a run has started, never over another one; `checkpoints/step0.ckpt` before the first
-    step; `finished.json` (seconds since the trainer was made, metrics, peak memory) when the fit has ended. Has the last step
-    of a run that stops within an epoch (`max_steps`) validated and saved like an epoch's last.
-
-    `started` is False until data, encoder and checkpoint have been accepted and the first file is due.
+    Writes `config.yaml` once a run has started, never over another one. Writes `checkpoints/step0.ckpt` before the
+    first step, and `finished.json` (seconds since the trainer was made, steps, metrics, best checkpoint, peak memory)
+    at the fit's end. A run that stops within an epoch (`max_steps`) is validated and saved there as at an epoch's end.
+    A fit that resumes takes over the run's number of threads, on which results depend.
     """
-
-    started = False
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -35,14 +32,9 @@ class RunFiles(SaveConfigCallback):
         """Lightning's callback writes here, before the run's input has been accepted."""
 
     def _save(self, trainer: Trainer) -> None:
-        self.started = True
-        if isinstance(trainer.logger, RunLogger):
-            trainer.logger.start()
-        if trainer.is_global_zero and trainer.logger:
-            folder = Path(trainer.logger.log_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+        if folder := folder_of(trainer):
             names = (folder / f"config{k}.yaml" for k in ("", *(f"_{i}" for i in range(1, 10_000))))
-            self.parser.save(self.config, next(n for n in names if not n.exists()), skip_none=False)
+            write(next(n for n in names if not n.exists()), self.parser.dump(self.config, skip_none=False))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -60,22 +52,29 @@ class RunFiles(SaveConfigCallback):
         self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        """What made the checkpoint: the whole config and the packages' versions."""
+        """What made the checkpoint: the whole config, the packages' versions, the number of threads."""
         if self._made_by is None:  # once: a tenth of a second
             versions = {name: version(name) for name in ("torch", "pytorch-lightning", "torchmetrics", "torchvision")}
             self._made_by = {"config": self.parser.dump(self.config, skip_none=False), "versions": versions}
-        checkpoint["made_by"] = self._made_by
+        checkpoint["made_by"] = {**self._made_by, "threads": torch.get_num_threads()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
+        if trainer.state.fn == "fit" and (made_by := checkpoint.get("made_by")):
+            threads = made_by["threads"]
+            require(type(threads) is int and 1 <= threads <= 4096, "the checkpoint's threads", threads, "1..4096")
+            torch.set_num_threads(threads)
 
     def on_train_batch_end(self, trainer: Trainer, *args) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True  # Lightning validates when asked to stop, not when the steps run out
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and trainer.logger:
-            metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            note = {"seconds": time.monotonic() - self._made, "steps": trainer.global_step, "metrics": metrics}
-            note["peak_memory_mib"] = peak_memory()
-            (Path(trainer.logger.log_dir) / FINISHED).write_text(json.dumps(note, indent=1) + "\n")
+        if folder := folder_of(trainer):
+            best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+            note = {"seconds": time.monotonic() - self._made, "steps": trainer.global_step}
+            note["metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            note |= {"best": Path(best).name or None, "peak_memory_mib": peak_memory()}
+            write(folder / FINISHED, json.dumps(note, indent=1) + "\n")
 
 
 def peak_memory() -> dict[str, float]:

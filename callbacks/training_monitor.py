@@ -5,6 +5,8 @@ import time
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 
+from callbacks.figures import tensorboards
+
 # The custom scalars page: training and validation in one chart.
 LAYOUT = {"training": {q: ["Multiline", [f"train/{q}", f"val/{q}"]] for q in ("loss", "accuracy")}}
 
@@ -17,14 +19,13 @@ class TrainingMonitor(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measured_at, self._has_layout = trainer.global_step, False
-        self._since, self._images = None, 0  # a fit that goes on within an epoch does not pass its start
+        self._measured_at = trainer.global_step
+        self._since, self._images = None, 0  # a fit resumed within an epoch does not pass the epoch's start
+        for logger in tensorboards(trainer):
+            logger.experiment.add_custom_scalars(LAYOUT)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._images = None, 0  # a rate across a validation would be none
-        if trainer.logger and trainer.is_global_zero and not self._has_layout:  # not before the run has its folder
-            trainer.logger.experiment.add_custom_scalars(LAYOUT)
-            self._has_layout = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
         if (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0:
@@ -42,20 +43,15 @@ class TrainingMonitor(Callback):
             measured["step/images_per_s"] = self._images / (now - self._since)
             pl_module.log("images/s", measured["step/images_per_s"], prog_bar=True, logger=False)
         self._since, self._images = now, 0
-        if trainer.logger:
-            trainer.logger.log_metrics(measured, step)
+        for logger in trainer.loggers:
+            logger.log_metrics(measured, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (trainer.logger and trainer.is_global_zero):
-            return
         options = {"model": type(pl_module).__name__, **pl_module.hparams, **trainer.datamodule.hparams}
-        for name in ("encoder", "triplet_loss"):
-            part = getattr(pl_module, name, None)
-            if part is not None:
-                options[name] = type(part).__name__
+        parts = {"encoder": "encoder", "loss": "loss_function"}
+        options |= {k: type(getattr(pl_module, name)).__name__ for k, name in parts.items() if hasattr(pl_module, name)}
         # Lightning notes by a leading underscore how it made the objects.
-        options = {
-            k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in options.items() if k[0] != "_"
-        }
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in options.items() if k[0] != "_"}
         metrics = {f"last/{k}": float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        trainer.logger.log_hyperparams(options, metrics, trainer.global_step)
+        for logger in tensorboards(trainer):
+            logger.log_hyperparams(plain, metrics, trainer.global_step)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from errors import InputError, first_line
+from errors import InputError, first_line, require
 
 
 class ImageSet(NamedTuple):
-    """`images` (N, 32, 32, 3) uint8, or (N, D) float32 once features stand in for them; `labels` (N,) int64 or None."""
+    """`images` (N, 32, 32, 3) uint8, or features (N, D) float32 of them; `labels` (N,) int64 or None."""
 
     images: Tensor
     labels: Tensor | None
@@ -28,33 +28,15 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an .npz with images (N, 32, 32, 3) uint8 and labels (N,)")
-    arrays = {}
     try:
-        # Opened here, since np.load leaves a file that it cannot read open.
-        with path.open("rb") as raw, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about headers of old and odd forms
-            archive = np.load(raw, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
-            with archive as file:
-                _check_size(path, file.zip)
-                for name in ("images", "labels"):
-                    if name in file:
-                        arrays[name] = file[name]
-                    elif name == "images" or labels_required:
-                        hint = "; a file without labels serves predict only" if name == "labels" else ""
-                        raise InputError(
-                            f"{path}: no array named '{name}' (found: {', '.join(file) or 'nothing'}){hint}"
-                        )
+        arrays = _arrays(path, ("images", "labels") if labels_required else ("images",))
     except InputError:
         raise
     except Exception as error:  # zipfile and NumPy raise a dozen kinds, down to struct.error and SyntaxError
+        why = f"damaged or not a readable .npz file ({first_line(error)}); copy it again"
         if "allow_pickle" in str(error):
-            raise InputError(
-                f"{path}: holds pickled Python objects, which are never loaded; save plain arrays"
-            ) from error
-        raise InputError(f"{path}: damaged or not a readable .npz file ({first_line(error)}); copy it again") from error
-
+            why = "holds pickled Python objects, which are never loaded; save plain arrays"
+        raise InputError(f"{path}: {why}") from error
     images = arrays["images"]
     if images.dtype != np.uint8:
         raise InputError(f"{path}: images are {images.dtype}; expected uint8 in 0..255 (not scaled, not normalised)")
@@ -89,8 +71,8 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
     `labels` (N,) int64. Both index tensors are sorted; the same labels, size and seed give the same split.
     Raises InputError unless 0 < size < N.
     """
-    if not 0 < size < len(labels):
-        raise InputError(f"val_size {size} does not fit {len(labels)} training images; choose 1..{len(labels) - 1}")
+    room = f"1..{len(labels) - 1}: there are {len(labels)} training images"
+    require(0 < size < len(labels), "data.val_size", size, room)
     generator = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero().flatten() for c in labels.unique()]
     exact = [len(m) * size / len(labels) for m in members]
@@ -98,9 +80,9 @@ def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tens
     by_remainder = sorted(range(len(members)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: size - sum(counts)]:
         counts[i] += 1
-    shuffled = [m[torch.randperm(len(m), generator=generator)] for m in members]
-    held_out = torch.cat([m[:count] for m, count in zip(shuffled, counts)]).sort().values
-    rest = torch.cat([m[count:] for m, count in zip(shuffled, counts)]).sort().values
+    shuffled = (m[torch.randperm(len(m), generator=generator)] for m in members)
+    parts = zip(*(m.tensor_split([count]) for m, count in zip(shuffled, counts)))
+    held_out, rest = (torch.cat(part).sort().values for part in parts)
     return rest, held_out
 
 
@@ -109,6 +91,23 @@ def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:
     keep = torch.isin(images.labels, torch.tensor(classes))
     labels = torch.full((max(classes) + 1,), -1).index_put((torch.tensor(classes),), torch.arange(len(classes)))
     return ImageSet(images.images[keep], labels[images.labels[keep]])
+
+
+def _arrays(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The arrays `images` and `labels` of an archive, as far as it has them."""
+    # Opened here, since np.load leaves a file that it cannot read open.
+    with path.open("rb") as raw, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about headers of old and odd forms
+        archive = np.load(raw, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
+        _check_size(path, archive.zip)
+        for name in required:
+            hint = "; a file without labels serves predict only" if name == "labels" else ""
+            if name not in archive:
+                found = ", ".join(archive) or "nothing"
+                raise InputError(f"{path}: no array named '{name}' (found: {found}){hint}")
+        return {name: archive[name] for name in ("images", "labels") if name in archive}
 
 
 def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
@@ -122,6 +121,5 @@ def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
         if claimed != held and not dtype.hasobject:
             raise InputError(f"{path}: {member.filename} claims {claimed} bytes and holds {held}; write it again")
         if held > 2**30 and held > 100 * member.compress_size:
-            raise InputError(
-                f"{path}: {member.filename} unpacks from {member.compress_size} to {held} bytes; it is not read"
-            )
+            sizes = f"from {member.compress_size} to {held} bytes"
+            raise InputError(f"{path}: {member.filename} unpacks {sizes}; it is not read")

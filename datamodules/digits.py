@@ -7,6 +7,8 @@ from sklearn.datasets import load_digits
 from datamodules.arrays import ImageSet, stratified_split
 from datamodules.in_memory import InMemoryDataModule
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
 
 class DigitsDataModule(InMemoryDataModule):
     """1,797 handwritten digits (E. Alpaydin & C. Kaynak, UCI, 1998) as 32×32 RGB: 1,077 / 360 / 360 images.
@@ -15,28 +17,11 @@ class DigitsDataModule(InMemoryDataModule):
     images are fixed. Needs no network and no files: the place to try every command.
 
     Args:
-        classes: keep these digits only, relabelled 0, 1, … in this order.
-        val_size: training images held out for validation, counted before `classes` is applied.
-        split_seed: fixes which images those are, apart from `seed_everything`.
-        batch_size: global batch size, over all processes.
         flip: mirror images while fitting; off, since a mirrored digit is another sign.
-        translate: shift images by up to this many pixels while fitting.
-        cutout: hide a square of this side, somewhere in each image, while fitting.
     """
 
-    CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
-    def __init__(
-        self,
-        classes: list[int] | None = None,
-        val_size: int = 360,
-        split_seed: int = 0,
-        batch_size: int = 128,
-        flip: bool = False,
-        translate: int = 2,
-        cutout: int = 0,
-    ) -> None:
-        super().__init__(classes, val_size, split_seed, batch_size, flip, translate, cutout)
+    def __init__(self, val_size: int = 360, batch_size: int = 128, flip: bool = False, **kwargs) -> None:
+        super().__init__(val_size=val_size, batch_size=batch_size, flip=flip, names=NAMES, **kwargs)
         self.save_hyperparameters()
 
     def load(self, split: str) -> ImageSet:

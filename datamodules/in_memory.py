@@ -1,120 +1,124 @@
-"""What every data set here shares: splits held in memory as uint8, and the loaders that cut batches from them."""
+"""What all data sets here share: splits held in memory as uint8, and the loaders that cut batches from them."""
+
+from collections.abc import Sequence
 
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from datamodules.arrays import ImageSet, images_sha256, select_classes, stratified_split
 from datamodules.loader import BatchLoader
-from errors import InputError
+from errors import InputError, require
+
+say = rank_zero_only(print)  # what a data set has to report, once for all processes
 
 
 class InMemoryDataModule(LightningDataModule):
     """Holds the splits `train`, `val` and `test` as (N, 32, 32, 3) uint8 tensors and serves them in whole batches.
 
-    A subclass names its classes in `CLASSES` and reads its two files in `load`. The validation split is cut from the
-    training images, stratified by class and fixed by `split_seed`; `classes` then keeps the images of those classes
-    in every split. The test images are not read before `test` or `predict`.
+    A subclass names its classes in `CLASSES` (or as `names`, where they depend on its options), reads its two files in
+    `load`, and passes on the options below. The validation split is cut from the training images, stratified by class
+    and fixed by `split_seed`. `classes` then keeps the images of those classes in every split. The test images are not
+    read before `test` or `predict`.
+
+    Args:
+        classes: keep these classes only, relabelled 0, 1, … in this order; [0, 1] leaves the first two.
+        val_size: training images held out for validation, counted before `classes` is applied.
+        split_seed: fixes which images those are, apart from `seed_everything`.
+        batch_size: global batch size, over all processes.
+        flip: mirror images while fitting.
+        translate: shift images by up to this many pixels while fitting.
+        cutout: hide a square of this side, somewhere in each image, while fitting.
+        names: of all classes in the data; null: `CLASSES`.
     """
 
-    CLASSES: tuple[str, ...]
+    CLASSES: Sequence[str] = ()
     test_files: list[str] | None = None  # the test images' own files, where they come from a folder
 
     def __init__(
         self,
-        classes: list[int] | None,
-        val_size: int,
-        split_seed: int,
-        batch_size: int,
-        flip: bool,
-        translate: int,
+        classes: list[int] | None = None,
+        val_size: int = 5000,
+        split_seed: int = 0,
+        batch_size: int = 512,
+        flip: bool = True,
+        translate: int = 2,
         cutout: int = 0,
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if classes is not None and (len(set(classes)) != len(classes) or len(classes) < 2):
-            raise InputError(f"data.classes {classes}: give at least two different classes, e.g. [0, 1]")
-        for label in classes or []:
-            if not 0 <= label < len(self.CLASSES):
-                names = ", ".join(f"{i} {name}" for i, name in enumerate(self.CLASSES))
-                raise InputError(f"data.classes {classes}: {label} is not in the data (classes: {names})")
-        if batch_size < 1:
-            raise InputError(f"data.batch_size {batch_size}: must be at least 1")
-        if not 0 <= translate < 32:
-            raise InputError(f"data.translate {translate}: must be 0..31 pixels")
-        if not 0 <= cutout <= 32:
-            raise InputError(f"data.cutout {cutout}: must be 0..32 pixels")
+        names = tuple(names or self.CLASSES)
+        if classes is not None:
+            different = len(set(classes)) == len(classes) >= 2
+            require(different, "data.classes", classes, "at least two different classes, e.g. [0, 1]")
+            known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+            for i in classes:
+                require(0 <= i < len(names), "data.classes", classes, f"of {known}; {i} is not in the data")
+        require(batch_size >= 1, "data.batch_size", batch_size, "at least 1")
+        require(0 <= translate < 32, "data.translate", translate, "0..31 pixels")
+        require(0 <= cutout <= 32, "data.cutout", cutout, "0..32 pixels")
         self.classes, self.val_size, self.split_seed = classes, val_size, split_seed
         self.batch_size, self.flip, self.translate, self.cutout = batch_size, flip, translate, cutout
+        options = ("classes", "val_size", "split_seed", "batch_size", "flip", "translate", "cutout")
+        self.save_hyperparameters({name: getattr(self, name) for name in options})  # the defaults behind **kwargs too
+        self.names = names
+        self.class_names = list(names) if classes is None else [names[i] for i in classes]
+        self.num_classes = len(self.class_names)
+        self.augments = flip or translate > 0 or cutout > 0
+        # Which images are trained on: what a checkpoint carries and must agree on. The training file's digest is added
+        # when that is read, which `test` and `predict` do not.
+        self.fingerprint: dict[str, str | int] = {"val_size": val_size, "split_seed": split_seed}
         self._sets: dict[str, ImageSet] = {}
+        self._cached: dict[str, ImageSet] = {}  # features in place of images
+        self.train_features: Tensor | None = None  # those of the training images
         self._left: set[str] = set()  # splits that do not lie on the training device
-        self._sha256: str | None = None
 
     def load(self, split: str) -> ImageSet:
         """Reads all `train` or all `test` images; only test images may come without labels."""
         raise NotImplementedError
 
     @property
-    def class_names(self) -> list[str]:
-        return [self.CLASSES[i] for i in (self.classes or range(len(self.CLASSES)))]
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
-    def augments(self) -> bool:
-        return self.flip or self.translate > 0 or self.cutout > 0
+    def batches_per_epoch(self) -> int:
+        """How many whole global batches the training images make."""
+        return len(self.split("train").labels) // self.batch_size
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         if stage in ("fit", "validate"):
-            train = self.split("train")
-            if stage == "fit" and self.batch_size > len(train.labels):
-                raise InputError(
-                    f"data.batch_size {self.batch_size} is larger than the {len(train.labels)} training images"
-                )
-            if self.batch_size % self.trainer.world_size:
-                raise InputError(
-                    f"data.batch_size {self.batch_size} is the global batch and must divide by the"
-                    f" {self.trainer.world_size} processes"
-                )
+            count, processes = len(self.split("train").labels), self.trainer.world_size
+            fits = stage == "validate" or self.batch_size <= count
+            require(fits, "data.batch_size", self.batch_size, f"at most the {count} training images")
+            shared = f"a multiple of the {processes} processes, which share each batch"
+            require(self.batch_size % processes == 0, "data.batch_size", self.batch_size, shared)
         elif self.split("test").labels is None and stage == "test":
             raise InputError("the test file has no labels: it serves predict only; give data.test_npz one with labels")
 
     def split(self, name: str) -> ImageSet:
         """The images and labels of `train`, `val` or `test`, read when first asked for."""
-        if name not in self._sets and name == "test":
-            images = self.load("test")
-            if self.classes is not None and images.labels is not None:
-                images = select_classes(images, self.classes)
-            self._sets["test"] = images
-        elif name not in self._sets:
-            images = self.load("train")
-            if len(images.labels.unique()) < 2:
-                raise InputError("the training labels name only one class; at least two are needed")
-            self._all_labels, self._sha256 = images.labels, images_sha256(images)
-            parts = (
-                ImageSet(*(x[i] for x in images))
-                for i in stratified_split(images.labels, self.val_size, self.split_seed)
-            )
-            for part, chosen in zip(("train", "val"), parts):
-                if self.classes is not None:
-                    chosen = select_classes(chosen, self.classes)
-                    for label, count in zip(self.classes, chosen.labels.bincount(minlength=self.num_classes).tolist()):
-                        if not count:
-                            raise InputError(
-                                f"data.classes {self.classes}: no image of class {label} in the {part} split"
-                            )
-                self._sets[part] = chosen
+        if name not in self._sets:
+            self._sets.update({name: self._kept(name, self.load(name))} if name == "test" else self._cut())
         return self._sets[name]
 
-    @property
-    def fingerprint(self) -> dict[str, str | int]:
-        """Which images are trained on: what a checkpoint carries and must agree on. Has the digest of the training file
-        only where that has been read, which `test` and `predict` do not."""
-        split = {"val_size": self.val_size, "split_seed": self.split_seed}
-        return split if self._sha256 is None else {**split, "train_sha256": self._sha256}
+    def _cut(self) -> dict[str, ImageSet]:
+        """Reads the training images and holds `val` out."""
+        images = self.load("train")
+        if len(images.labels.unique()) < 2:
+            raise InputError("the training labels name only one class; at least two are needed")
+        self._all_labels, self.fingerprint["train_sha256"] = images.labels, images_sha256(images)
+        parts = zip(("train", "val"), stratified_split(images.labels, self.val_size, self.split_seed))
+        return {name: self._kept(name, ImageSet(*(x[index] for x in images))) for name, index in parts}
+
+    def _kept(self, name: str, images: ImageSet) -> ImageSet:
+        """The images of `classes`, of each of which there must be some in `train` and in `val`."""
+        if self.classes is None or images.labels is None:
+            return images
+        images = select_classes(images, self.classes)
+        for label, count in zip(self.classes, images.labels.bincount(minlength=self.num_classes).tolist()):
+            there = count > 0 or name == "test"
+            require(there, "data.classes", self.classes, f"in every split; no image of class {label} is in {name}")
+        return images
 
     def seen_in_validation(self, val_size: int, split_seed: int) -> int:
         """How many of this module's validation images a fit with that other split of the same file has trained on."""
@@ -124,49 +128,41 @@ class InMemoryDataModule(LightningDataModule):
             held_out = held_out[torch.isin(self._all_labels[held_out], torch.tensor(self.classes))]
         return int(torch.isin(held_out, trained_on).sum())
 
-    def replace_images(self, features: dict[str, Tensor]) -> None:
-        """Puts features (N, D) in place of the images of the splits named."""
-        for name, x in features.items():
-            self._sets[name] = ImageSet(x, self.split(name).labels)
+    def cache_features(self, features: dict[str, Tensor]) -> None:
+        """Puts features (N, D) float32 of the splits named aside: fit and validation get them instead of images."""
+        self.train_features = features.get("train")
+        self._cached = {name: ImageSet(x, self.split(name).labels) for name, x in features.items()}
 
     def evaluation_loader(self, name: str, index: Tensor | None = None) -> BatchLoader:
-        """The whole split `name`, or its images `index` (M,), in order, not augmented, on every process."""
-        inputs, labels = self._placed(name, *(x if index is None else x[index] for x in self.split(name)))
-        return BatchLoader(inputs, labels, self.batch_size)
+        """The images of the whole split `name`, or those at `index` (M,), in order, not augmented, on every process."""
+        chosen = (x if index is None else x[index] for x in self.split(name))
+        return self._loader(name, *chosen, rank=0, world_size=1)
 
     def train_dataloader(self) -> BatchLoader:
         drawn = {"flip": self.flip, "translate": self.translate, "cutout": self.cutout} if self.augments else {}
-        return self._loader("train", seed=self._seed, **drawn)
+        return self._loader("train", *self._cached.get("train", self.split("train")), seed=self._seed, **drawn)
 
     def val_dataloader(self) -> BatchLoader:
-        return self._loader("val")
+        return self._loader("val", *self._cached.get("val", self.split("val")))
 
     def test_dataloader(self) -> BatchLoader:
-        return self._loader("test")
+        return self._loader("test", *self.split("test"))
 
     def predict_dataloader(self) -> BatchLoader:
-        (inputs,) = self._placed("test", self.split("test").images)
-        return BatchLoader(inputs, None, self.batch_size, **self._share)
+        return self._loader("test", self.split("test").images, None)
 
-    def _placed(self, name: str, *tensors: Tensor) -> list[Tensor]:
-        """The split's tensors on the training device, or where they are, said once, if it cannot hold them three times over."""
+    def _loader(self, name: str, inputs: Tensor, labels: Tensor | None, **options) -> BatchLoader:
+        """Batches of tensors on the training device, or where they are if it cannot hold them three times over."""
         device = self.trainer.strategy.root_device
-        wanted, free = 3 * sum(x.nbytes for x in tensors), free_memory(device)
+        wanted, free = 3 * sum(x.nbytes for x in (inputs, labels) if x is not None), free_memory(device)
         if wanted > free and name not in self._left:
             self._left.add(name)
-            why = (
-                f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} MiB free"
-            )
-            print(f"data: the {name} images stay in main memory, and each batch travels ({why})")
-        return list(tensors) if name in self._left else [x.to(device) for x in tensors]
-
-    @property
-    def _share(self) -> dict[str, int]:
-        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-
-    def _loader(self, name: str, **training) -> BatchLoader:
-        inputs, labels = self._placed(name, *self.split(name))
-        return BatchLoader(inputs, labels, self.batch_size, **self._share, **training)
+            sizes = f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} free"
+            say(f"data: the {name} images stay in main memory, and each batch travels ({sizes})")
+        if name not in self._left:
+            inputs, labels = (None if x is None else x.to(device) for x in (inputs, labels))
+        share = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        return BatchLoader(inputs, labels, self.batch_size, **share | options)
 
 
 def free_memory(device: torch.device) -> float:

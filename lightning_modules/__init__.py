@@ -1,4 +1,8 @@
+"""Stages, encoders, losses and distances: what a config can name."""
+
+from lightning_modules.encoder_stage import EncoderStage
 from lightning_modules.encoders import FastEncoder, ReportEncoder, TorchvisionEncoder
+from lightning_modules.fine_tune import FineTune
 from lightning_modules.losses import (
     BatchLoss,
     CosineDistance,
@@ -12,9 +16,10 @@ from lightning_modules.losses import (
     SupConLoss,
     TripletMarginLoss,
 )
+from lightning_modules.probe import LinearProbe, MLPProbe, Probe
 from lightning_modules.probe_grid import LinearProbeGrid
-from lightning_modules.probes import LinearProbe, MLPProbe
 from lightning_modules.regression import LogisticRegression, SoftmaxRegression
+from lightning_modules.stage import Stage
 from lightning_modules.supervised_encoder import SupervisedEncoder
 from lightning_modules.triplet_encoder import TripletEncoder
 
@@ -22,7 +27,9 @@ __all__ = [
     "BatchLoss",
     "CosineDistance",
     "EuclideanDistance",
+    "EncoderStage",
     "FastEncoder",
+    "FineTune",
     "LMNNLoss",
     "LinearProbe",
     "LinearProbeGrid",
@@ -31,10 +38,12 @@ __all__ = [
     "MahalanobisDistance",
     "MultiNegativeLoss",
     "PairwiseContrastiveLoss",
+    "Probe",
     "PrototypicalLoss",
     "ReportEncoder",
     "SoftMarginTripletLoss",
     "SoftmaxRegression",
+    "Stage",
     "SupConLoss",
     "SupervisedEncoder",
     "TorchvisionEncoder",

@@ -45,35 +45,48 @@ def effective_rank(z: Tensor) -> Tensor:
 
 def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[str, str]:
     """What is wrong with a batch: by kind, a sentence that says what to change. `value` is the loss."""
-    name, margin, temperature, pinned = type(loss).__name__, loss.margin, loss.temperature, loss.pinned_at
-    positive, negative = measured["positive"], measured["negative"]
-    easier = "lower model.lr, or choose easier triplets (all or random instead of hard), or PrototypicalLoss"
-    found = {}
     if not measured["triplets"]:
         return {"triplets": "the batch has no triplets (one class, or no class twice): raise data.batch_size"}
-    if measured["relative_spread"] < 0.02:
-        spread = f"spread {measured['relative_spread']:.1e} of their norm, loss {value:.3g}"
-        found["collapsed"] = f"collapsed: all embeddings are nearly alike ({spread}): {easier}"
-    elif measured["effective_rank"] < 1.5:
-        rank = f"effective rank {measured['effective_rank']:.2f}"
-        found["collapsed"] = f"collapsed: the embeddings lie on a line ({rank}): {easier}"
-    elif pinned is not None and abs(value - pinned) < 0.02 * pinned and abs(positive - negative) < 0.05 * negative:
-        where = "ln 2" if margin is None else f"the margin {margin:g}"
-        found["pinned"] = f"the loss is pinned at {where}: positives are as far away as negatives: {easier}"
+    found = collapse(loss, measured, value)
     if measured.get("ignored", 0) > 0.4 and measured["active"] > 0.1:
         found["ignored"] = (
-            f"semi-hard mining leaves out {measured['ignored']:.0%} of the triplets that violate the margin, whose negative is nearer"
-            " than the positive: classes that lie on each other stay so; choose triplets: all, or PrototypicalLoss"
+            f"semi-hard mining leaves out {measured['ignored']:.0%} of the triplets that violate the margin, whose"
+            " negative is nearer than the positive, so classes that lie on each other stay so; choose triplets: all, or"
+            " PrototypicalLoss"
         )
     elif not found and measured["misordered"] > 0.35:
         found["misordered"] = (
-            f"{measured['misordered']:.0%} of all triplets have the negative nearer than the positive, where chance gives a half:"
-            " the embeddings hardly tell classes apart; lower model.lr (or raise it, if it is tiny), or choose PrototypicalLoss"
+            f"{measured['misordered']:.0%} of all triplets have the negative nearer than the positive, where chance"
+            " gives a half: the embeddings hardly tell classes apart; lower model.lr (or raise it, if it is tiny), or"
+            " choose PrototypicalLoss"
         )
+    return found | out_of_range(loss, measured)
+
+
+def collapse(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[str, str]:
+    """Embeddings that are all alike, lie on a line, or keep the loss at the value of such."""
+    easier = "lower model.lr, or choose easier triplets (all or random instead of hard), or PrototypicalLoss"
+    positive, negative, pinned = measured["positive"], measured["negative"], loss.pinned_at
+    if measured["relative_spread"] < 0.02:
+        spread = f"spread {measured['relative_spread']:.1e} of their norm, loss {value:.3g}"
+        return {"collapsed": f"collapsed: all embeddings are nearly alike ({spread}): {easier}"}
+    if measured["effective_rank"] < 1.5:
+        rank = f"effective rank {measured['effective_rank']:.2f}"
+        return {"collapsed": f"collapsed: the embeddings lie on a line ({rank}): {easier}"}
+    if pinned is not None and abs(value - pinned) < 0.02 * pinned and abs(positive - negative) < 0.05 * negative:
+        where = "ln 2" if loss.margin is None else f"the margin {loss.margin:g}"
+        return {"pinned": f"the loss is pinned at {where}: positives are as far away as negatives: {easier}"}
+    return {}
+
+
+def out_of_range(loss: BatchLoss, measured: dict[str, float]) -> dict[str, str]:
+    """A margin or a temperature that leaves nothing to learn."""
+    name, margin, temperature, negative = type(loss).__name__, loss.margin, loss.temperature, measured["negative"]
+    found = {}
     if margin is not None and measured["active"] == 0:
         found["inactive"] = (
-            f"nothing is active any more: every negative is farther away than every positive by more than {margin:g}; raise"
-            " the margin of model.loss, or stop here"
+            f"nothing is active any more: every negative is farther away than every positive by more than {margin:g};"
+            " raise the margin of model.loss, or stop here"
         )
     elif margin is not None and not 0.005 * negative <= margin <= 10 * negative:
         found["margin"] = (
@@ -81,8 +94,6 @@ def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[
             " between a tenth of that and that"
         )
     if temperature is not None and not 0.01 <= temperature <= 1:
-        what = (
-            "all pairs weigh alike" if temperature > 1 else "only the single hardest pair of each anchor has a gradient"
-        )
+        what = "all pairs weigh alike" if temperature > 1 else "only each anchor's hardest pair has a gradient"
         found["temperature"] = f"temperature {temperature:g} of {name} is out of range ({what}): give one in 0.05 … 0.5"
     return found

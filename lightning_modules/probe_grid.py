@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
-from lightning_modules.probes import OnFrozenEncoder
-from lightning_modules.stage import Stage
+from errors import InputError, require
+from lightning_modules.means import Mean
+from lightning_modules.probe import Probe
+from lightning_modules.stage import Batch
 
 
-class LinearProbeGrid(OnFrozenEncoder, Stage):
+class LinearProbeGrid(Probe):
     """Linear probes of several learning rates × weight decays at once, each trained as it would be alone.
 
     All read the same batches, through one matrix product. After every validation the setting with the highest accuracy
-    there (of equals, the lowest loss) is `chosen`: its figures are `val/accuracy` and `val/loss`, the checkpoint carries
+    there (of equals, the lowest loss) is `chosen`: its figures are `val/accuracy` and `val/loss`, the checkpoint holds
     the choice, and `test` and `predict` follow it. Each setting's validation accuracy is logged under `grid/`.
 
     Args:
@@ -29,15 +30,15 @@ class LinearProbeGrid(OnFrozenEncoder, Stage):
         **kwargs,
     ) -> None:
         super().__init__(num_classes, **kwargs)
-        if not lr_factors or not all(f > 0 for f in lr_factors):
-            raise InputError(f"model.lr_factors {lr_factors}: give one or more, all above 0")
-        if not weight_decay_factors or not all(f >= 0 for f in weight_decay_factors):
-            raise InputError(f"model.weight_decay_factors {weight_decay_factors}: give one or more, all 0 or more")
+        factors, decays = lr_factors, weight_decay_factors
+        require(bool(factors) and min(factors) > 0, "model.lr_factors", factors, "one or more, all above 0")
+        require(bool(decays) and min(decays) >= 0, "model.weight_decay_factors", decays, "one or more, all 0 or more")
         if self.l2_lambda:
             raise InputError("model.l2_lambda: a grid has weight decays instead; give model.weight_decay_factors")
-        self.encoder, self.searching = None, False
-        self.settings = [[self.lr * a, self.weight_decay * b] for a in lr_factors for b in weight_decay_factors]
+        self.searching = False
+        self.settings = [[self.lr * a, self.hparams.weight_decay * b] for a in factors for b in decays]
         self.register_buffer("chosen", torch.tensor(0))
+        self.found = Mean(2 * len(self.settings))  # accuracies and losses of the settings in a validation
 
     @property
     def identity(self) -> dict:
@@ -46,17 +47,13 @@ class LinearProbeGrid(OnFrozenEncoder, Stage):
     def setup(self, stage: str) -> None:
         self.searching = stage == "fit"
         if self.searching and self.trainer.gradient_clip_val:
-            raise InputError(
-                "trainer.gradient_clip_val: one norm over all settings of a grid would mix them; leave it out"
-            )
+            raise InputError("trainer.gradient_clip_val: one norm over a grid would mix its settings; leave it out")
         super().setup(stage)
 
     def build_head(self, feature_dim: int) -> nn.Module:
         return _Heads(len(self.settings), feature_dim, self.num_classes)
 
     def parameter_groups(self) -> list[dict]:
-        if self.encoder_lr is not None:
-            raise InputError("frozen_encoder.unfreeze_at_epoch: a grid shares its encoder; fine-tune with LinearProbe")
         groups = []
         for (lr, weight_decay), weight, bias in zip(self.settings, self.head.weights, self.head.biases):
             groups.append({"params": [weight], "lr": lr, "weight_decay": weight_decay})
@@ -71,29 +68,26 @@ class LinearProbeGrid(OnFrozenEncoder, Stage):
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return _losses(output, labels).mean() if output.ndim == 3 else F.cross_entropy(output, labels)
 
-    def predicted_classes(self, output: Tensor, labels: Tensor) -> Tensor:
+    def predicted_classes(self, output: Tensor) -> Tensor:
         return (output[:, self.chosen] if output.ndim == 3 else output).argmax(1)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         # The sum over the settings: each gets the gradient that it would have alone.
-        return super().training_step(batch, batch_idx) * len(self.settings)
+        return {"loss": super().training_step(batch, batch_idx)["loss"] * len(self.settings)}
 
-    def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, len(self.settings), dtype=torch.float64, device=self.device)
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         if not self.searching:
             return super().validation_step(batch, batch_idx)
         inputs, labels = batch
         logits = self(inputs)
         right = (logits.argmax(2) == labels[:, None]).sum(0)
-        self._sums += torch.stack([right, _losses(logits, labels).sum(0), torch.full_like(right, len(labels))])
-        return logits
+        self.found.update(torch.cat([right, _losses(logits, labels).sum(0)]), len(labels))
+        return {"output": logits}
 
     def on_validation_epoch_end(self) -> None:
         if self.searching:
-            sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-            accuracies, losses = (sums[:2] / sums[2]).tolist()
+            accuracies, losses = self.found.compute().view(2, -1).tolist()
+            self.found.reset()
             best = max(range(len(self.settings)), key=lambda i: (accuracies[i], -losses[i]))
             self.chosen.fill_(best)
             found = {"val/accuracy": accuracies[best], "val/loss": losses[best]}
@@ -108,6 +102,12 @@ class LinearProbeGrid(OnFrozenEncoder, Stage):
     def _log_choice(self) -> None:
         lr, weight_decay = self.settings[int(self.chosen)]
         self.log_dict({"chosen/lr": lr, "chosen/weight_decay": weight_decay}, sync_dist=True)
+
+    def prediction_head(self) -> nn.Module:
+        weight, bias = self.head.weights[int(self.chosen)], self.head.biases[int(self.chosen)]
+        head = nn.Linear(weight.shape[1], weight.shape[0])
+        head.load_state_dict({"weight": weight, "bias": bias})
+        return head
 
 
 class _Heads(nn.Module):

@@ -36,6 +36,14 @@ class PixelLinear(nn.Linear):
         return F.linear(images, weight, bias)
 
 
+class SigmoidPair(nn.Module):
+    """Logits (B, 1) or (B,) of class 1 → probabilities (B, 2) of both classes."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        probability = logits.float().sigmoid().flatten()
+        return torch.stack([1 - probability, probability], dim=1)
+
+
 class SoftmaxRegression(Stage):
     """Multinomial logistic regression: softmax(Wx + b) on normalised pixels x, cross-entropy loss."""
 
@@ -47,10 +55,16 @@ class SoftmaxRegression(Stage):
         self.linear.initialize(images)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
         return self.linear(images)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output, labels)
+
+    def predictor(self, features: bool = False) -> nn.Module:
+        if features:
+            raise InputError(f"{type(self).__name__} has no encoder whose features could be given")
+        return nn.Sequential(self.linear, nn.Softmax(1))
 
 
 class LogisticRegression(Stage):
@@ -74,9 +88,13 @@ class LogisticRegression(Stage):
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, labels.to(output.dtype))
 
-    def predicted_classes(self, output: Tensor, labels: Tensor) -> Tensor:
+    def predicted_classes(self, output: Tensor) -> Tensor:
         return (output > 0).long()
 
     def probabilities(self, output: Tensor) -> Tensor:
-        probability = output.float().sigmoid()
-        return torch.stack([1 - probability, probability], dim=1)
+        return SigmoidPair()(output)
+
+    def predictor(self, features: bool = False) -> nn.Module:
+        if features:
+            raise InputError("LogisticRegression has no encoder whose features could be given")
+        return nn.Sequential(self.linear, SigmoidPair())

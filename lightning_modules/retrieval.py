@@ -22,7 +22,7 @@ def retrieval_statistics(
 ) -> Tensor:
     """What is nearest to each of the `queries` (Q, D) among the `bank` (N, D), by cosine similarity s: (Q, 6).
 
-    - knn_accuracy: 1 where the k nearest vote for the query's class, weighted by exp(s / τ) (up to a common factor) (Z. Wu et al.,
+    - knn_accuracy: 1 where the k nearest vote for the query's class, weighted by exp(s / τ) (Z. Wu et al.,
       "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4). k is cut to N.
     - precision_at_1: 1 where the nearest is of the query's class.
     - r_precision, map_at_r: with R images of the query's class in the bank, the share of its class among the R
@@ -30,38 +30,31 @@ def retrieval_statistics(
       al., "A Metric Learning Reality Check", 2020, section 3.2). 0 where R is 0.
     - alignment: mean of ‖x − y‖² over the bank's y of the query's class, on the unit sphere; uniformity: mean of
       exp(−2 ‖x − y‖²) over the whole bank (T. Wang & P. Isola, 2020, equations 2 and 3, between two sets).
-
     `labels` (Q,) and `bank_labels` (N,) int64 in [0, num_classes).
     """
     if not len(queries):
         return bank.new_zeros(0, len(STATISTICS))
-    bank = F.normalize(bank, dim=1)
-    members = bank_labels.bincount(minlength=num_classes)
+    bank, members = F.normalize(bank, dim=1), bank_labels.bincount(minlength=num_classes)
     places = max(int(members[labels.unique()].max()), min(k, len(bank)))
-    # ‖x − y‖² = 2 − 2 s on the sphere, and the mean of s over a class is x times the mean of the class.
+    # ‖x − y‖² = 2 − 2 s on the sphere, and the mean of s over a class is x times the class's mean.
     means = bank.new_zeros(num_classes, bank.shape[1]).index_add_(0, bank_labels, bank) / members.clamp_min(1)[:, None]
-    place = torch.arange(1, places + 1, device=bank.device)
-    found = []
+    place, blocks = torch.arange(1, places + 1, device=bank.device), []
     for x, y in zip(*(t.split(max(1, CHUNK // len(bank))) for t in (F.normalize(queries, dim=1), labels))):
-        similarity = x @ bank.T
+        similarity, size = x @ bank.T, members[y]
         nearest, index = similarity.topk(places, dim=1)
-        neighbours = bank_labels[index]
-        votes = _votes(nearest[:, :k], neighbours[:, :k], num_classes, temperature)
-        of_class = neighbours == y[:, None]
-        size = members[y].clamp_min(1)[:, None]
-        hits = (of_class & (place <= members[y][:, None])).float()
-        precision = (hits.cumsum(1) / place * hits).sum(1, keepdim=True) / size
-        alignment = (2 - 2 * (x * means[y]).sum(1, keepdim=True)).clamp_min(0) * (members[y] > 0)[:, None]
+        votes = _votes(nearest[:, :k], bank_labels[index[:, :k]], num_classes, temperature)
+        of_class = bank_labels[index] == y[:, None]
+        hits = (of_class & (place <= size[:, None])).float()
         columns = (
-            (votes.argmax(1) == y)[:, None],
-            of_class[:, :1],
-            hits.sum(1, keepdim=True) / size,
-            precision,
-            alignment,
-            similarity.sub_(1).mul_(4).clamp_max_(0).exp_().mean(1, keepdim=True),  # exp(−2 ‖x − y‖²)
+            votes.argmax(1) == y,
+            of_class[:, 0],
+            hits.sum(1) / size.clamp_min(1),
+            (hits.cumsum(1) / place * hits).sum(1) / size.clamp_min(1),
+            (2 - 2 * (x * means[y]).sum(1)).clamp_min(0) * (size > 0),
+            similarity.sub_(1).mul_(4).clamp_max_(0).exp_().mean(1),  # exp(−2 ‖x − y‖²)
         )
-        found.append(torch.cat([column.float() for column in columns], dim=1))
-    return torch.cat(found)
+        blocks.append(torch.stack([column.float() for column in columns], dim=1))
+    return torch.cat(blocks)
 
 
 @torch.no_grad()

@@ -1,24 +1,23 @@
-"""What every stage shares: its metrics, its optimiser, and what its checkpoint says of itself."""
+"""What every stage shares: its steps, its means, its optimiser, and what its checkpoint says of itself."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassAccuracy
 
-from errors import InputError
-from lightning_modules.distributed import gather_objects, share_batch_norm
-from lightning_modules.restorable import fits, restorable
+from errors import InputError, require
+from lightning_modules.distributed import share_batch_norm
+from lightning_modules.identity import agree, check_shapes
+from lightning_modules.means import Mean
 
-SPLITS = ("train", "val", "test")
+Batch = tuple[Tensor, Tensor]
 
 
 class Stage(LightningModule):
-    """A training stage: `forward(images) → output`, `loss(output, labels)`, `predicted_classes(output, labels)`.
+    """A training stage: `forward(images) → output`, `loss(output, labels)`, `predicted_classes(output)`.
 
     Logs `<split>/loss` and `<split>/accuracy` for train, val and test: exact means over the images of an epoch.
 
@@ -48,40 +47,43 @@ class Stage(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder", "loss"])
-        for name, value, valid, expected in (
-            ("num_classes", num_classes, num_classes >= 2, "at least 2"),
-            ("lr", lr, lr > 0, "above 0"),
-            ("momentum", momentum, 0 <= momentum < 1, "in [0, 1)"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "0 or more"),
-            ("l2_lambda", l2_lambda, l2_lambda >= 0, "0 or more"),
-            ("warmup", warmup, 0 <= warmup < 1, "in [0, 1)"),
-            ("plateau_factor", plateau_factor, 0 < plateau_factor < 1, "in (0, 1)"),
-            ("plateau_patience", plateau_patience, plateau_patience >= 0, "0 or more"),
-        ):
-            if not valid:
-                raise InputError(f"model.{name} {value}: must be {expected}")
+        require(num_classes >= 2, "model.num_classes", num_classes, "at least 2")
+        require(lr > 0, "model.lr", lr, "above 0")
+        require(0 <= momentum < 1, "model.momentum", momentum, "in [0, 1)")
+        require(weight_decay >= 0, "model.weight_decay", weight_decay, "0 or more")
+        require(l2_lambda >= 0, "model.l2_lambda", l2_lambda, "0 or more")
+        require(0 <= warmup < 1, "model.warmup", warmup, "in [0, 1)")
+        require(0 < plateau_factor < 1, "model.plateau_factor", plateau_factor, "in (0, 1)")
+        require(plateau_patience >= 0, "model.plateau_patience", plateau_patience, "0 or more")
         self.num_classes, self.lr, self.l2_lambda = num_classes, lr, l2_lambda
-        self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
-        self.schedule, self.warmup = schedule, warmup
-        self.plateau = {"factor": plateau_factor, "patience": plateau_patience}
         self.class_names: list[str] | None = None
-        self._resumed: dict[str, Any] | None = None  # the checkpoint that a fit goes on from
-        self._resumed_metrics: dict[str, dict[str, Tensor]] = {}
-        # The labels were checked when they were read; a check at every step would wait for the GPU.
-        accuracy = partial(MulticlassAccuracy, average="micro", validate_args=False)
-        self.accuracy = nn.ModuleDict({f"{s}/accuracy": accuracy(num_classes) for s in SPLITS})
-        # NaN stays NaN: by default it is left out of the mean, and with "disable" the weights are (torchmetrics 1.9).
-        self.mean_loss = nn.ModuleDict({f"{s}/loss": MeanMetric(nan_strategy=float("nan")) for s in SPLITS})
+        self.means = nn.ModuleDict(
+            {f"{s}/{name}": Mean() for s in ("train", "val", "test") for name in ("loss", "accuracy")}
+        )
+        self._kept_means: dict[str, list[Tensor]] = {}  # those of an epoch that a checkpoint was saved in
+        self._announced = True  # whether Lightning knows of this epoch's training means
 
     def initialize(self, images: Tensor) -> None:
         """Fills the buffers computed from the training split before the first step of a fit."""
         raise NotImplementedError
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        """The mean over a batch."""
         raise NotImplementedError
 
-    def predicted_classes(self, output: Tensor, labels: Tensor) -> Tensor:
+    def predicted_classes(self, output: Tensor) -> Tensor:
+        """Classes (B,) of what `forward` gives."""
         return output.argmax(1)
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        """Class probabilities (B, num_classes) of what `forward` gives."""
+        return output.float().softmax(1)
+
+    def predictor(self, features: bool = False) -> nn.Module:
+        """Images (B, 3, 32, 32) in [0, 1] → class probabilities (B, num_classes), or features (B, D) where this stage
+        has nothing else or `features` asks for them: a module that torch.export can trace. Shares the stage's weights.
+        """
+        raise NotImplementedError
 
     def setup(self, stage: str) -> None:
         datamodule = self.trainer.datamodule
@@ -97,100 +99,97 @@ class Stage(LightningModule):
             self.initialize(datamodule.split("train").images)
             share_batch_norm(self)
 
-    def on_fit_start(self) -> None:
-        # Before Lightning restores them: an optimiser and a schedule take whatever a checkpoint holds.
-        for name, own in restorable(self.trainer).items() if self._resumed is not None else ():
-            if not fits(self._resumed.get(name), own):
-                raise InputError(
-                    f"the checkpoint's {name} are not what this command's model.optimizer and model.schedule leave; start"
-                    " from the run's own --config RUN/config.yaml"
-                )
-        self._resumed = None
-
     def on_train_start(self) -> None:
-        self._registered = False
-        for name, states in self._resumed_metrics.items():
-            for key, value in states.items():
-                setattr(self._train_metrics[name], key, value.to(self.device))
-            self._train_metrics[name]._update_count = 1
+        self._announced = False
+        for name, (sums, count) in self._kept_means.items():
+            self.means[name].update(sums.to(self.device), count.to(self.device))
+        self._kept_means = {}
 
-    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Whatever is drawn in a step depends on the step alone: the same on every process and after a resume.
         key = (self._seed, self.current_epoch, batch_idx)
-        self._step_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        self.step_seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
         # Not torch.manual_seed: for every device that is not in use it keeps the seed and a stack trace, step by step.
-        torch.default_generator.manual_seed(self._step_seed)
+        torch.default_generator.manual_seed(self.step_seed)
         if self.device.type != "cpu":
-            torch.get_device_module(self.device).manual_seed(self._step_seed)
+            torch.get_device_module(self.device).manual_seed(self.step_seed)
 
-    def probabilities(self, output: Tensor) -> Tensor:
-        """Class probabilities (B, num_classes) of what `forward` gives."""
-        return output.float().softmax(1)
-
-    def _step(self, split: str, batch: tuple[Tensor, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        inputs, labels = batch
-        output = self(inputs)
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        output = self(images)
         loss = self.loss(output, labels)
-        accuracy, mean_loss = self.accuracy[f"{split}/accuracy"], self.mean_loss[f"{split}/loss"]
-        if len(labels):  # a process may have no images of its own in an evaluation
-            accuracy.update(self.predicted_classes(output.detach(), labels), labels)
-            mean_loss.update(loss.detach(), len(labels))
-        # The metrics sum up by themselves: Lightning has to hear of them once an epoch, and a call for every batch costs
-        # more than a probe's whole step. (A run resumed inside an epoch does not start at batch 0.)
-        if batch_idx == 0 or not self._registered:
-            self._registered = True
-            options = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
-            self.log(f"{split}/loss", mean_loss, **options)
-            self.log(f"{split}/accuracy", accuracy, **options)
-        return loss, output
+        self.record("train", batch_idx, loss, self.predicted_classes(output.detach()) == labels)
+        return {"loss": loss + self.l2_penalty()}
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss, _ = self._step("train", batch, batch_idx)
-        if batch_idx % max(1, self.trainer.log_every_n_steps) == 0:
-            self.log("loss", loss, prog_bar=True, logger=False)
-        if self.l2_lambda:
-            loss = loss + self.l2_lambda / 2 * sum(w.square().sum() for w in self._trained() if w.ndim > 1)
-        return loss
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self.evaluation_step("val", batch, batch_idx)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step("val", batch, batch_idx)[1]
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self.evaluation_step("test", batch, batch_idx)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return self._step("test", batch, batch_idx)[1]
+    def evaluation_step(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        output = self(images)
+        self.record(split, batch_idx, self.loss(output, labels), self.predicted_classes(output) == labels)
+        return {"output": output}
 
     def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """Class probabilities (B, num_classes)."""
         return self.probabilities(self(batch[0]))
 
-    def _trained(self) -> list[nn.Parameter]:
+    def record(self, split: str, batch_idx: int, loss: Tensor, correct: Tensor) -> None:
+        """Adds a batch to the split's means: its mean loss, and which of its images are classified right, (B,)."""
+        images, names = len(correct), (f"{split}/loss", f"{split}/accuracy")
+        if images:  # a process may have no images of its own in an evaluation
+            for name, total in zip(names, (loss.detach().double() * images, correct.sum())):
+                self.means[name].update(total, images)
+        # The means sum up by themselves: Lightning has to hear of them once an epoch, and a call for every batch costs
+        # more than a probe's whole step. (A run resumed inside an epoch does not start at batch 0.)
+        if batch_idx == 0 or not self._announced:
+            self._announced = True
+            for name in names:
+                self.log(name, self.means[name], on_step=False, on_epoch=True, prog_bar=True, batch_size=images)
+        if split == "train" and batch_idx % max(1, self.trainer.log_every_n_steps) == 0:
+            self.log("loss", loss.detach(), prog_bar=True, logger=False)
+
+    def l2_penalty(self) -> Tensor | float:
+        """½λ‖W‖² of `l2_lambda`."""
+        if not self.l2_lambda:
+            return 0.0
+        return self.l2_lambda / 2 * sum(w.square().sum() for w in self.decaying() if w.ndim > 1)
+
+    def decaying(self) -> list[nn.Parameter]:
+        """The weights that `weight_decay` and `l2_lambda` are about; of these, those of two or more dimensions."""
         return [p for p in self.parameters() if p.requires_grad]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimiser's: weights of two or more dimensions decay, biases and scales do not."""
         return [
-            {"params": [p for p in self._trained() if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in self._trained() if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in self.decaying() if p.ndim > 1], "weight_decay": self.hparams.weight_decay},
+            {"params": [p for p in self.decaying() if p.ndim <= 1], "weight_decay": 0.0},
         ]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        groups = self.parameter_groups()
-        if self.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.momentum > 0)
+        options, groups = self.hparams, self.parameter_groups()
+        if options.optimizer == "sgd":
+            momentum = options.momentum
+            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=momentum, nesterov=momentum > 0)
         else:
-            kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+            kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
             optimizer = kind(groups, lr=self.lr)
-        if self.schedule == "triangular":
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Triangle(self.total_steps, self.warmup))
+        if options.schedule == "triangular":
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(self.total_steps, options.warmup))
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-        if self.schedule == "plateau":
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **self.plateau)
+        if options.schedule == "plateau":
+            factor, patience = options.plateau_factor, options.plateau_patience
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=factor, patience=patience)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
         return {"optimizer": optimizer}
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole fit. (Trainer.estimated_stepping_batches would set the loaders up too early.)"""
-        limit, batches = self.trainer.limit_train_batches, len(self.trainer.datamodule.train_dataloader())
+        limit, batches = self.trainer.limit_train_batches, self.trainer.datamodule.batches_per_epoch
         batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
         by_epochs = -(-batches // self.trainer.accumulate_grad_batches) * (self.trainer.max_epochs or 1000)
         limits = [n for n in (by_epochs, self.trainer.max_steps) if n > 0]
@@ -204,49 +203,54 @@ class Stage(LightningModule):
         return {"module": type(self).__name__, "class_names": self.class_names}
 
     @property
-    def _train_metrics(self) -> dict[str, Metric]:
-        return {"loss": self.mean_loss["train/loss"], "accuracy": self.accuracy["train/accuracy"]}
+    def training_identity(self) -> dict[str, Any]:
+        """What it must agree on besides where a fit resumes from it."""
+        return {name: self.hparams[name] for name in ("optimizer", "schedule")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["stage"] = self.identity
+        checkpoint["stage"] = {**self.identity, **self.training_identity}
         checkpoint["data"] = self.trainer.datamodule.fingerprint
-        if self.trainer.state.fn == "fit" and not self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            # What each process has summed up in an epoch that is not over.
-            states = {k: {s: v.cpu() for s, v in m.metric_state.items()} for k, m in self._train_metrics.items()}
-            checkpoint["train_metrics"] = gather_objects(states)
+        if self.trainer.state.fn == "fit" and not self.trainer.is_last_batch:
+            # What all processes have summed up in an epoch that is not over; the first one takes it back.
+            reduce = self.trainer.strategy.reduce
+            checkpoint["train_means"] = {
+                name: [reduce(x, reduce_op="sum").cpu() for x in (mean.sums.clone(), mean.count.clone())]
+                for name, mean in self.means.items()
+                if name.startswith("train/")
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn == "fit":
-            self._resumed = checkpoint
-            ranks, own = checkpoint.get("train_metrics"), {k: m.metric_state for k, m in self._train_metrics.items()}
-            if fits(ranks, [own] * self.trainer.world_size):
-                self._resumed_metrics = ranks[self.global_rank]
         # Runs before the weights are loaded: one line here instead of a page of size mismatches there.
-        saved, trained_on = (
-            x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data"))
-        )
-        hint = "start from the run's own --config RUN/config.yaml"
-        for name, value in self.identity.items():
-            if saved.get(name) != value:
-                raise InputError(f"the checkpoint's {name} is {saved.get(name)}, this command's is {value}; {hint}")
-        for name, value in self.trainer.datamodule.fingerprint.items():
-            if trained_on.get(name) != value:
-                raise InputError(
-                    f"the checkpoint's data.{name} is {trained_on.get(name)}, this command's is {value}; {hint}"
-                )
-        shapes, own = ({k: tuple(v.shape) for k, v in d.items()} for d in (checkpoint["state_dict"], self.state_dict()))
-        for name in [*own, *shapes]:
-            if shapes.get(name) != own.get(name):
-                found, expected = shapes.get(name, "missing"), own.get(name, "no such tensor")
-                raise InputError(f"the checkpoint's {name} is {found}, this command's model expects {expected}; {hint}")
+        identity = self.identity
+        if self.trainer.state.fn == "fit":
+            identity |= self.training_identity
+            if self.trainer.is_global_zero:
+                self._kept_means = checkpoint.get("train_means", {})
+        agree("", identity, checkpoint.get("stage"))
+        agree("data.", self.trainer.datamodule.fingerprint, checkpoint.get("data"))
+        check_shapes(self, checkpoint["state_dict"])
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over a checkpoint of this class outside a Trainer: class names and every weight; for evaluation.
+
+        Raises InputError where it is one of another class, or its weights do not fit.
+        """
+        agree("", {"module": type(self).__name__}, checkpoint.get("stage"))
+        check_shapes(self, checkpoint["state_dict"])
+        self.load_state_dict(checkpoint["state_dict"])
+        self.class_names = checkpoint["stage"].get("class_names")
+        self.eval()
 
 
-class Triangle:
-    """Learning rate factor at step s of `total`: 0 → 1 over the share `warmup`, then 1 → 0; never 0 itself."""
+def triangle(total: int, warmup: float) -> Callable[[int], float]:
+    """Learning rate factor at step s of `total`: 0 → 1 over the share `warmup`, then 1 → 0; within them never 0 itself.
 
-    def __init__(self, total: int, warmup: float) -> None:
-        self.total, self.peak = total, warmup * total
+    A function, of which LambdaLR saves nothing: a resumed fit follows the schedule of its own length.
+    """
+    peak = warmup * total
 
-    def __call__(self, step: int) -> float:
-        rising = (step + 1) / self.peak if step + 1 < self.peak else 1.0
-        return min(rising, (self.total - step) / max(self.total - self.peak, 1.0))
+    def factor(step: int) -> float:
+        rising = (step + 1) / peak if step + 1 < peak else 1.0
+        return max(0.0, min(rising, (total - step) / max(total - peak, 1.0)))
+
+    return factor

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from main import main, one_line
+from errors import one_line
+from main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGER = ["triplet_encoder_gpu", "triplet_encoder_hour"]  # the default encoder's config with more of everything
@@ -40,7 +41,7 @@ def refused(tmp_path, tiny, capsys):
 
     def call(command, config, *more, words):
         def files():
-            return {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
+            return {p: p.is_dir() or p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")}
 
         before = files()
         capsys.readouterr()

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from pytorch_lightning import Callback
 
-from main import main, one_line
+from errors import one_line
+from main import main
 
 PHASES = ("backward", "step", "validation", "checkpoint", "epoch_end")
 

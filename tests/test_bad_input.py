@@ -12,8 +12,8 @@ import pytest
 import torch
 from torchvision.datasets import CIFAR10
 
-from errors import InputError
-from main import main, one_line
+from errors import InputError, one_line
+from main import main
 
 
 def spoil(path, **arrays):
@@ -166,6 +166,7 @@ def test_unlabelled_test_images_serve_predict_only(tmp_path, tiny, run, refused)
         (["--model.lr=fast"], ["lr", "expected float", "fast"]),
         (["--trainer.max_epochs=many"], ['"trainer.max_epochs"', "expected int", "many"]),
         (["--trainer.callbacks+=TSNE", "--trainer.callbacks.sample=9"], ["callbacks", "'sample' is not accepted"]),
+        (["--tsne.samples=9"], ["TSNE samples 9", "at least 10"]),
         (["--trainer.callbacks+=MiningMonito"], ["MiningMonito"]),
         (["--model.learning_rate=1"], ["learning_rate"]),
         (["--trainer.epochs=3"], ["epochs"]),
@@ -277,7 +278,7 @@ def test_checkpoints_made_to_run_code_or_fill_the_memory(tmp_path, run, refused)
     ):
         checkpoint["stage"]["encoder"] = {**spec, "init_args": init_args}
         torch.save(checkpoint, path)
-        refused(*probe, words=["fit FastEncoder"])
+        refused(*probe, words=["fit lightning_modules.encoders.fast.FastEncoder"])
     with zipfile.ZipFile(good) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))

@@ -75,7 +75,8 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for option in (
-        "headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "disable-background-networking", "no-first-run",
+        "headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run",
+        "disable-background-networking",
         "disable-component-update", "disable-sync", "enable-unsafe-swiftshader", "window-size=1280,900",
     ):  # fmt: skip
         options.add_argument(f"--{option}")
@@ -86,7 +87,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def tensorboard(ladder):
-    """The address of a TensorBoard on one seed's runs: of more than 40 it shows no curve or picture until they are ticked."""
+    """The address of a TensorBoard on one seed's runs: of more than 40 it shows none until they are ticked."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", "seed_0", "--port", "0", "--host", "127.0.0.1"]
     process = subprocess.Popen(command, cwd=ladder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     try:
@@ -142,7 +143,8 @@ def test_training_and_validation_in_one_chart(browser, tensorboard):
 def test_images(browser, tensorboard):
     open_page(browser, f"{tensorboard}/#images&tagFilter=tsne")
     # tsne.png is wider than the other pictures; their addresses do not name them.
-    images = "return found.filter(e => e.tagName === 'IMG' && e.src.includes('individualImage') && e.naturalWidth > 1200).length"
+    images = "return found.filter(e => e.tagName === 'IMG' && e.src.includes('individualImage')"
+    images += " && e.naturalWidth > 1200).length"
     until(lambda: browser.execute_script(WALK + images))
     keep(browser, "tensorboard_images")
 

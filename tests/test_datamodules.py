@@ -1,28 +1,121 @@
-import gc
+"""Data sets: what is read, split, cached and printed, and their options."""
+
 import pickle
-import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from pytorch_lightning.utilities import rank_zero_only
+from test_loader import images
 
-from datamodules import CIFAR10DataModule, DigitsDataModule
-from datamodules.arrays import stratified_split
+from datamodules import CIFAR10DataModule, DigitsDataModule, in_memory, loader
+from datamodules.arrays import ImageSet, stratified_split
 from datamodules.cifar10 import CIFAR100_CLASSES
+from datamodules.in_memory import InMemoryDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
+from main import main
 
 
-def images(count=64, seed=0):
-    return torch.randint(256, (count, 32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+@pytest.fixture
+def digits():
+    """The digits as a fit on one CPU process sees them, not augmented."""
+    data = DigitsDataModule(translate=0)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)
+    data.setup("fit")
+    return data
 
 
-def reference(image, mirrored, dx, dy, width):
-    """Crop and flip of one image (32, 32, 3), spelled out with numpy."""
-    padded = np.pad(image.numpy(), ((width, width), (width, width), (0, 0)), mode="reflect")
-    crop = padded[dy : dy + 32, dx : dx + 32]
-    return torch.from_numpy((crop[:, ::-1] if mirrored else crop).copy()).permute(2, 0, 1).float() / 255
+SHARED = {
+    "classes": "keep these classes only",
+    "val_size": "held out for validation",
+    "split_seed": "apart from `seed_everything`",
+    "batch_size": "global batch size",
+    "flip": "mirror images",
+    "translate": "shift images",
+    "cutout": "hide a square",
+}
+
+
+@pytest.mark.parametrize(
+    "name, defaults",
+    [
+        ("CIFAR10DataModule", ["null", "5000", "0", "512", "True", "2", "0"]),
+        ("DigitsDataModule", ["null", "360", "0", "128", "False", "2", "0"]),
+        ("ImageFolderDataModule", ["null", "null", "0", "256", "True", "2", "0"]),
+    ],
+)
+def test_every_data_set_has_the_shared_options_with_help_and_its_own_defaults(name, defaults, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", f"--data.help={name}"])
+    usage, *options = capsys.readouterr().out.split("  --data.")
+    options = {text.split()[0]: " ".join(text.split()) for text in options}
+    for (option, words), default in zip(SHARED.items(), defaults):
+        assert words in options[option] and options[option].endswith(f"default: {default})")
+    assert "names" not in options  # of all classes: not an option
+
+
+def test_all_options_are_recorded():
+    given = {"classes": [3, 1], "batch_size": 64}
+    expected = {"val_size": 360, "split_seed": 0, "flip": False, "translate": 2, "cutout": 0}
+    assert dict(DigitsDataModule(**given).hparams) == {**expected, **given}
+    assert CIFAR10DataModule().hparams.keys() >= {*SHARED, "root", "dataset"}
+
+
+def test_a_data_set_of_ones_own_names_its_classes_in_one_place():
+    class Mine(InMemoryDataModule):
+        CLASSES = ("dark", "bright", "grey")
+
+        def __init__(self):
+            super().__init__(classes=[2, 0], val_size=8, split_seed=0, batch_size=4, flip=False, translate=0)
+
+        def load(self, split):
+            return ImageSet(images(30), torch.arange(30) % 3)
+
+    data = Mine()
+    assert data.class_names == ["grey", "dark"] and data.num_classes == 2 and not data.augments
+    assert len(data.split("train").labels) + len(data.split("val").labels) == 20
+
+
+def test_cached_features_reach_fit_and_validation_and_the_images_stay(digits):
+    before = {name: digits.split(name) for name in ("train", "val", "test")}
+    features = {name: torch.randn(len(before[name].labels), 7) for name in ("train", "val")}
+    assert digits.train_features is None
+    digits.cache_features(features)
+    assert digits.train_features is features["train"]
+    drawn, labels = map(torch.cat, zip(*digits.train_dataloader()))
+    assert drawn.shape == (1024, 7) and len(digits.train_dataloader()) == digits.batches_per_epoch
+    position = {tuple(row): i for i, row in enumerate(features["train"].tolist())}
+    assert torch.equal(labels, before["train"].labels[[position[tuple(row)] for row in drawn.tolist()]])
+    delivered, labels = map(torch.cat, zip(*digits.val_dataloader()))
+    assert torch.equal(delivered, features["val"]) and torch.equal(labels, before["val"].labels)
+    for name, (pixels, _) in before.items():
+        assert digits.split(name).images is pixels and pixels.dtype == torch.uint8
+        batch, _ = next(iter(digits.evaluation_loader(name)))
+        assert batch.shape == (128, 3, 32, 32)
+
+
+def test_batches_of_an_epoch_are_counted_without_a_loader(monkeypatch):
+    """A loader of CIFAR-10's training images pads them: 233 MB."""
+
+    def unwanted(*args, **kwargs):
+        raise AssertionError("a loader was made")
+
+    monkeypatch.setattr(loader, "_pad", unwanted)
+    monkeypatch.setattr(in_memory, "BatchLoader", unwanted)
+    assert DigitsDataModule(batch_size=100).batches_per_epoch == 10  # of 1,077 images
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_speaks_for_all(rank, digits, monkeypatch, capsys):
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    monkeypatch.setattr(in_memory, "free_memory", lambda device: 0)
+    for _ in range(2):
+        digits.train_dataloader()
+    assert capsys.readouterr().out.count("stay in main memory") == (1 if rank == 0 else 0)
 
 
 def test_torchvisions_copy_is_read_and_delivered_channels_last(tmp_path, monkeypatch):
@@ -82,108 +175,6 @@ def test_split_refuses_sizes_that_do_not_fit(size):
         stratified_split(torch.arange(24) % 3, size, 0)
 
 
-def test_evaluation_batches_are_the_images_in_order():
-    data, labels = images(10), torch.arange(10)
-    batches = list(BatchLoader(data, labels, 4))
-    assert [len(x) for x, _ in batches] == [4, 4, 2]
-    assert torch.equal(torch.cat([y for _, y in batches]), labels)
-    assert torch.equal(torch.cat([x for x, _ in batches]), data.permute(0, 3, 1, 2).float() / 255)
-    assert batches[0][0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_every_augmented_image_is_a_crop_or_mirrored_crop_of_its_own():
-    data = images(64)
-    loader = BatchLoader(data, torch.arange(64), 32, seed=1, flip=True, translate=2)
-    drawn = set()
-    for x, y in loader:
-        for image, label in zip(x, y.tolist()):
-            matches = [
-                (m, dx, dy)
-                for m in (False, True)
-                for dx in range(5)
-                for dy in range(5)
-                if torch.equal(image, reference(data[label], m, dx, dy, 2))
-            ]
-            assert len(matches) == 1
-            drawn.add(matches[0])
-    assert len(drawn) > 25  # of 50 possible ones: drawn per image, not per batch
-
-
-@pytest.mark.parametrize("side", [1, 6, 32])
-def test_cutout_hides_one_square_anywhere_and_nothing_else(side):
-    data = images(200).clamp(0, 200)  # no pixel is the mean colour in all three channels by chance
-    data[..., 0] = 255
-    data[0, ..., 0] = 0
-    fill = data.float().mean((0, 1, 2)).round() / 255
-    whole = BatchLoader(data, torch.arange(200), 200, seed=1, flip=True, translate=2)
-    cut = BatchLoader(data, torch.arange(200), 200, seed=1, flip=True, translate=2, cutout=side)
-    ((x, _),), ((y, _),) = whole, cut
-    hidden = (y == fill[:, None, None]).all(1)
-    assert torch.equal(torch.where(hidden[:, None], x, y), x)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    heights, widths = hidden.any(2).sum(1), hidden.any(1).sum(1)
-    assert torch.equal(hidden.sum((1, 2)), heights * widths)  # a rectangle
-    assert heights.max() == side and heights.min() >= (side + 1) // 2 and widths.max() == side
-    assert len(hidden.flatten(1).int().argmax(1).unique()) > 20  # drawn for each image
-
-
-def test_flip_mirrors_half_and_the_other_half_in_the_next_epoch():
-    data = images(400)
-    loader = BatchLoader(data, torch.arange(400), 400, seed=0, flip=True)
-
-    def mirrored(epoch):
-        loader.set_epoch(epoch)
-        ((x, y),) = loader
-        flags = torch.tensor([torch.equal(image, reference(data[i], True, 0, 0, 0)) for image, i in zip(x, y)])
-        return flags[y.argsort()]
-
-    first, second = mirrored(0), mirrored(1)
-    assert 150 < first.sum() < 250
-    assert torch.equal(first, ~second)
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    def order(seed, epoch):
-        loader = BatchLoader(images(60), torch.arange(60), 20, seed=seed)
-        loader.set_epoch(epoch)
-        return torch.cat([y for _, y in loader]).tolist()
-
-    assert order(0, 0) == order(0, 0)
-    assert sorted(order(0, 0)) == list(range(60))
-    assert len({tuple(order(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_see_together_what_one_would(world_size):
-    options = {"seed": 5, "flip": True, "translate": 2}
-    data, labels = images(50), torch.arange(50)
-    alone = list(BatchLoader(data, labels, 12, **options))
-    ranks = [list(BatchLoader(data, labels, 12, rank=r, world_size=world_size, **options)) for r in range(world_size)]
-    assert len(alone) == 4
-    for batch, *parts in zip(alone, *ranks, strict=True):
-        for whole, pieces in zip(batch, zip(*parts)):
-            assert torch.equal(whole, torch.cat(pieces))
-
-
-def test_processes_evaluate_every_image_once():
-    ranks = [BatchLoader(images(10), torch.arange(10), 3, rank=r, world_size=3) for r in range(3)]
-    assert [y for loader in ranks for _, ys in loader for y in ys.tolist()] == list(range(10))
-    assert all(len(loader) == len(list(loader)) for loader in ranks)
-
-
-def test_a_loader_lets_go_of_its_images_at_once():
-    gc.disable()  # a cycle would have to wait for it: of a million images, for gigabytes
-    try:
-        loader = BatchLoader(images(), torch.arange(64) % 10, 16, seed=0, flip=True, translate=2)
-        loader.sampler.set_epoch(3)  # as Lightning does
-        assert len(list(loader)) == 4 and loader.epoch == 3
-        padded = weakref.ref(loader.inputs)
-        del loader
-        assert padded() is None
-    finally:
-        gc.enable()
-
-
 def test_digits_sizes_and_range():
     data = DigitsDataModule()
     sizes = [len(data.split(s).labels) for s in ("train", "val", "test")]
@@ -212,11 +203,10 @@ def test_test_images_are_not_read_by_fit(tiny, run):
 
 
 def test_images_that_do_not_fit_beside_the_model_travel_in_batches(run, monkeypatch, capsys):
-    tiny = ["--trainer.max_epochs=2", "--model.encoder.widths=[8,8,8]"]
-    resident = run("fit", "triplet_encoder", *tiny)
+    resident = run("fit", "softmax_regression", "--trainer.max_epochs=2")
     capsys.readouterr()
     monkeypatch.setattr("datamodules.in_memory.free_memory", lambda device: 1e6)
-    travelling = run("fit", "triplet_encoder", *tiny)
+    travelling = run("fit", "softmax_regression", "--trainer.max_epochs=2")
     said = [line for line in capsys.readouterr().out.splitlines() if "stay in main memory" in line]
     assert len(said) == 1 and said[0].startswith(
         "data: the train images stay in main memory, and each batch travels (with"

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from callbacks.checkpoints import load_checkpoint
 from lightning_modules.distributed import SharedBatchNorm2d, SharedDropout, share_batch_norm
+from run_folder import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ["--data", "DigitsDataModule", "--data.batch_size=64", "--trainer.accelerator=cpu"]
@@ -28,7 +28,7 @@ def start(*command, **environment):
 def ended(*processes):
     """The outputs of processes that all end with exit code 0."""
     outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (out, error) in zip(processes, outputs):
+    for process, (_, error) in zip(processes, outputs):
         assert process.returncode == 0, error
     return [out for out, _ in outputs]
 
@@ -53,8 +53,8 @@ def test_every_loss_has_the_loss_and_gradient_of_one_process(tmp_path, alone, pr
     for name in alone.keys() - {local}:
         one, many = alone[name], together[name]
         if name.endswith("float32"):
-            # One process on 1 and on 2 threads parts by up to 9e-4 (two values tie in a max-pooling); processes that each
-            # compute the loss of their own slice are 1e-2 away.
+            # One process on 1 and on 2 threads differs by up to 9e-4 (two values tie in a max-pooling). Processes that
+            # each compute the loss of their own slice are 1e-2 away.
             torch.testing.assert_close(many["loss"], one["loss"], rtol=2e-3, atol=0, msg=lambda m: f"{name}: {m}")
             trained = [k for k in one if k.endswith(("weight", "bias"))]
             one, many = (torch.cat([found[k].flatten() for k in trained]) for found in (one, many))
@@ -69,7 +69,7 @@ def test_every_loss_has_the_loss_and_gradient_of_one_process(tmp_path, alone, pr
 
 
 def test_main_starts_two_processes_which_fit_the_shipped_encoder_as_one(tmp_path):
-    # In float32 rounding errors alone part two fits of one process, on one thread and on two, by 1 % of the accuracy within
+    # In float32, rounding alone makes fits of one process on one thread and on two differ by 1 % of the accuracy within
     # these 16 steps.
     found = []
     for devices in (1, 2):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks.checkpoints import load_checkpoint
-from callbacks.frozen_encoder import encoder_from_checkpoint, encoder_sha256
+from callbacks.frozen_encoder import encoder_from_checkpoint
 from datamodules.arrays import stratified_split
+from lightning_modules.encoders.contract import weights_sha256
+from run_folder import load_checkpoint
 
 SMALL = "--model.encoder.init_args.widths=[8,8,16]"
 PROBES = ("linear_probe", "mlp_probe")
+REPORT = "lightning_modules.encoders.report.ReportEncoder"
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def test_probe_reads_the_trained_encoder_and_leaves_it_alone(encoder_run, run, c
     assert not any(p.requires_grad for p in cli.model.encoder.parameters())
     assert not any(m.training for m in cli.model.encoder.modules())
     checkpoint = load_checkpoint(Path(cli.trainer.checkpoint_callback.best_model_path))
-    assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
+    assert checkpoint["stage"]["encoder_sha256"] == weights_sha256(trained)
     optimised = sum(
         v.numel() for s in checkpoint["optimizer_states"] for p in s["state"].values() for v in [p["exp_avg"]]
     )
@@ -48,7 +50,7 @@ def test_probe_reads_the_trained_encoder_and_leaves_it_alone(encoder_run, run, c
 def test_cached_and_recomputed_features_give_the_same_head_bit_for_bit(encoder_run, run, config):
     cached = head_weights(run("fit", config, "--trainer.max_epochs=4", "--trainer.precision=32-true"))
     again = run("fit", config, "--trainer.max_epochs=4", "--trainer.precision=32-true", "--frozen_encoder.cache=false")
-    assert again.datamodule.split("train").images.ndim == 4
+    assert again.datamodule.train_features is None
     recomputed = head_weights(again)
     assert cached.keys() == recomputed.keys()
     assert all(torch.equal(cached[k], recomputed[k]) for k in cached)
@@ -100,7 +102,8 @@ def test_default_is_the_newest_finished_run(encoder_run, run, tmp_path):
     run("fit", "triplet_encoder", SMALL, "--seed_everything=2")
     (first.with_name("version_2") / "finished.json").unlink()
     cli = run("fit", "linear_probe")
-    expected = encoder_from_checkpoint(first.with_name("version_1") / "checkpoints" / "last.ckpt")
+    path = first.with_name("version_1") / "checkpoints" / "last.ckpt"
+    expected = encoder_from_checkpoint(path, load_checkpoint(path))
     assert torch.equal(cli.model.encoder.state_dict()["blocks.0.0.weight"], expected.state_dict()["blocks.0.0.weight"])
 
 
@@ -129,8 +132,8 @@ def test_encoders_that_do_not_fit_are_refused(encoder_run, run, refused, tmp_pat
     refused("fit", "linear_probe", narrow, words=[weight[8:], "expected (8, 8, 3, 3)"])
     extra = tampered(lambda c: c["state_dict"].update({"encoder.extra": torch.zeros(1)}))
     refused("fit", "linear_probe", extra, words=["extra is (1,), expected missing"])
-    other = tampered(lambda c: c["stage"].update(encoder={"class_path": "ReportEncoder", "init_args": {}}))
-    refused("fit", "linear_probe", other, words=["do not fit ReportEncoder"])
+    other = tampered(lambda c: c["stage"].update(encoder={"class_path": REPORT, "init_args": {}}))
+    refused("fit", "linear_probe", other, words=[f"do not fit {REPORT}"])
     unknown = tampered(lambda c: c["stage"].update(encoder={"class_path": "subprocess.Popen", "init_args": {}}))
     refused("fit", "linear_probe", unknown, words=["subprocess.Popen", "is not one of"])
     run("fit", "linear_probe", tampered(lambda c: None))  # the good twin
@@ -143,67 +146,71 @@ def test_encoders_that_do_not_fit_are_refused(encoder_run, run, refused, tmp_pat
     refused("fit", "softmax_regression", f"--frozen_encoder.run={folder}", words=["takes no encoder"])
 
 
-FINE_TUNE = ("--trainer.precision=32-true", "--model.schedule=constant", "--trainer.max_epochs=3")
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_a_probe_whose_encoder_is_not_the_one_it_was_fitted_on_is_refused(encoder_run, run, refused, tmp_path, command):
+    run("fit", "linear_probe")
+    checkpoint = load_checkpoint(tmp_path / "runs/linear_probe/version_0/checkpoints/last.ckpt")
+    checkpoint["state_dict"]["encoder.blocks.0.0.weight"] += 1e-6
+    torch.save(checkpoint, tmp_path / "other.ckpt")
+    words = ["the encoder in this probe's checkpoint is not the one it was fitted on"]
+    refused(command, "linear_probe", f"--ckpt_path={tmp_path / 'other.ckpt'}", words=words)
 
 
-def test_fine_tuning_releases_the_encoder_at_its_epoch_and_not_before(encoder_run, run, tmp_path):
-    encoder_cli, _ = encoder_run
-    handed = {k: v.clone() for k, v in encoder_cli.model.encoder.state_dict().items()}
-    at_release = "--frozen_encoder.unfreeze_at_epoch=2"
-    before = run(
-        "fit", "fine_tune", *FINE_TUNE, at_release, "--trainer.max_steps=8"
-    )  # epochs 0 and 1 have 4 steps each
-    assert all(torch.equal(before.model.encoder.state_dict()[k], v) for k, v in handed.items())
-    checkpoint = load_checkpoint(tmp_path / "runs/fine_tune/version_0/checkpoints/last.ckpt")
-    assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
-    assert "trained_encoder_sha256" not in checkpoint
+def test_a_probe_does_not_resume_on_another_encoder(encoder_run, run, refused):
+    run("fit", "linear_probe")
+    run("fit", "triplet_encoder", SMALL, "--seed_everything=1")
+    refused("fit", "linear_probe", "--ckpt_path=last", words=["fitted on another encoder", "--frozen_encoder.run"])
 
-    after = run("fit", "fine_tune", *FINE_TUNE, at_release)
-    tuned = after.model.encoder.state_dict()
-    assert not torch.equal(tuned["blocks.0.0.weight"], handed["blocks.0.0.weight"])
-    assert tuned["blocks.0.2.num_batches_tracked"] == handed["blocks.0.2.num_batches_tracked"] + 4  # BatchNorm too
-    for fixed in ("whiten.weight", "blocks.0.2.weight", "mean"):  # what its own fit does not train either
-        assert torch.equal(tuned[fixed], handed[fixed])
-    checkpoint = load_checkpoint(tmp_path / "runs/fine_tune/version_1/checkpoints/last.ckpt")
-    assert checkpoint["encoder_sha256"] == encoder_sha256(encoder_cli.model.encoder)
-    assert checkpoint["trained_encoder_sha256"] == encoder_sha256(after.model.encoder)
+
+def test_a_hand_over_reads_one_checkpoint_once(encoder_run, run, monkeypatch):
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda path, **options: read.append(path) or load(path, **options))
+    run("fit", "linear_probe")
+    assert len(read) == 1
+
+
+@pytest.fixture
+def probe_run(encoder_run, run):
+    return run("fit", "linear_probe", "--trainer.max_epochs=2")
+
+
+FINE_TUNE = ("--trainer.precision=32-true", "--model.schedule=constant")
+
+
+def test_fine_tuning_starts_from_the_linear_probe_and_trains_both(encoder_run, probe_run, run, tmp_path):
+    start = {k: v.clone() for k, v in probe_run.model.state_dict().items()}
+    untrained = load_checkpoint(Path(run("fit", "fine_tune", *FINE_TUNE).trainer.log_dir) / "checkpoints/step0.ckpt")
+    assert all(torch.equal(untrained["state_dict"][k], v) for k, v in start.items())
+
+    tuned = run("fit", "fine_tune", *FINE_TUNE).model.state_dict()
+    for trained in ("encoder.blocks.0.0.weight", "head.weight"):
+        assert not torch.equal(tuned[trained], start[trained])
+    count = "encoder.blocks.0.2.num_batches_tracked"
+    assert tuned[count] == start[count] + 4  # BatchNorm too
+    for fixed in ("encoder.whiten.weight", "encoder.blocks.0.2.weight", "encoder.mean", "standardize.mean"):
+        assert torch.equal(tuned[fixed], start[fixed])
     run("test", "fine_tune", "--ckpt_path=last")
 
 
-@pytest.mark.parametrize("stopped_after", [4, 8, 12])  # steps: before, at and after the release
-def test_fine_tuning_resumed_ends_as_if_never_stopped(encoder_run, run, stopped_after):
-    options = [*FINE_TUNE, "--frozen_encoder.unfreeze_at_epoch=2", "--trainer.max_epochs=4"]
+def test_fine_tuning_resumed_ends_as_if_never_stopped(probe_run, run):
+    options = [*FINE_TUNE, "--trainer.max_epochs=3"]
     whole = run("fit", "fine_tune", *options).model.state_dict()
-    run("fit", "fine_tune", *options, f"--trainer.max_steps={stopped_after}")
+    run("fit", "fine_tune", *options, "--trainer.max_steps=6")
     resumed = run("fit", "fine_tune", *options, "--ckpt_path=last")
-    assert resumed.trainer.global_step == 16
+    assert resumed.trainer.global_step == 12
     assert all(torch.equal(resumed.model.state_dict()[k], v) for k, v in whole.items())
 
 
-def test_encoder_has_its_own_learning_rate(encoder_run, run):
-    options = [*FINE_TUNE, "--frozen_encoder.unfreeze_at_epoch=0", "--model.lr=0.02"]
-    for more, expected in (
-        ([], 0.0005),
-        (["--frozen_encoder.encoder_lr=0.003"], 0.003),
-        (["--frozen_encoder.encoder_lr=null"], 0.002),
-    ):
-        cli = run("fit", "fine_tune", *options, *more)
-        assert [g["lr"] for g in cli.trainer.optimizers[0].param_groups] == pytest.approx([0.02, 0.02, expected])
+def test_encoder_has_its_own_learning_rate(probe_run, run):
+    cli = run("fit", "fine_tune", *FINE_TUNE, "--model.lr=0.02", "--model.encoder_lr=0.003")
+    assert [g["lr"] for g in cli.trainer.optimizers[0].param_groups] == pytest.approx([0.02, 0.02, 0.003])
 
 
 def test_impossible_fine_tuning_is_refused(encoder_run, refused):
-    refused("fit", "fine_tune", "--frozen_encoder.unfreeze_at_epoch=1", words=["unfreeze_at_epoch 1", "only 1 epochs"])
-    refused("fit", "fine_tune", "--frozen_encoder.unfreeze_at_epoch=-1", words=["unfreeze_at_epoch -1"])
-    refused("fit", "fine_tune", "--frozen_encoder.encoder_lr=-1", words=["encoder_lr -1", "above 0"])
-    refused("fit", "linear_probe", "--frozen_encoder.encoder_lr=0.1", words=["needs unfreeze_at_epoch"])
-    refused("fit", "softmax_regression", "--frozen_encoder.unfreeze_at_epoch=0", words=["takes no encoder"])
-
-
-def test_a_probe_does_not_go_on_with_another_release(encoder_run, run, refused, tmp_path):
-    run("fit", "linear_probe")
-    probe = f"--ckpt_path={tmp_path / 'runs' / 'linear_probe' / 'version_0'}"
-    words = ["unfreeze_at_epoch None", "says 1", "start a new fit"]
-    refused("fit", "fine_tune", "--trainer.max_epochs=3", probe, words=words)
+    _, folder = encoder_run
+    refused("fit", "fine_tune", words=["linear_probe", "no finished run"])
+    refused("fit", "fine_tune", f"--frozen_encoder.run={folder}", words=["starts from a finished linear probe"])
+    refused("fit", "fine_tune", "--model.encoder_lr=-1", words=["encoder_lr -1", "above 0"])
 
 
 def test_an_encoder_of_other_classes_images_or_split_is_refused(encoder_run, run, refused, tiny):

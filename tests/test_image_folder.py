@@ -119,7 +119,7 @@ def test_what_cannot_be_read_is_named(damage, words, folder, tmp_path, capsys):
 
 def test_test_folders_of_other_classes_are_refused(folder):
     (folder / "test" / "red").rename(folder / "test" / "pink")
-    with pytest.raises(InputError, match="folder pink is none of the classes blue, green, red"):
+    with pytest.raises(InputError, match="folder pink: must be one of the classes blue, green, red"):
         ImageFolderDataModule(str(folder)).split("test")
 
 

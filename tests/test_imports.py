@@ -1,4 +1,4 @@
-"""Dependencies point one way: main → cli → {callbacks, datamodules, lightning_modules}, never back."""
+"""Dependencies point one way: main → cli → callbacks → run_folder → lightning_modules, datamodules → errors."""
 
 import ast
 import subprocess
@@ -8,17 +8,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = {"main", "cli", "reproduce", "callbacks", "datamodules", "lightning_modules", "errors"}
-# What each room may import of the project, and, where it is limited, of other packages.
+ERRORS, NETWORKS = {"errors"}, {"errors", "lightning_modules"}
+# What each room may import of the project.
 ALLOWED = {
     "errors": set(),
-    "main": {"cli", "errors"},
-    "cli": {"callbacks", "datamodules", "lightning_modules", "errors"},
-    "reproduce": {"main", "callbacks", "errors"},
-    "callbacks": {"callbacks", "lightning_modules", "errors"},
-    "datamodules": {"datamodules", "errors"},
-    "lightning_modules": {"lightning_modules", "errors"},
+    "pages": ERRORS,
+    "datamodules": {"datamodules", *ERRORS},
+    "lightning_modules": NETWORKS,
+    "run_folder": {"lightning_modules", "datamodules", *ERRORS},
+    "callbacks": {"callbacks", "run_folder", "pages", *NETWORKS},
+    "export": {"callbacks", "run_folder", "datamodules", *NETWORKS},
+    "cli": {"callbacks", "run_folder", "datamodules", *NETWORKS},
+    "main": {"cli", "export", *ERRORS},
+    "reproduce": {"main", "callbacks", "run_folder", "pages", *ERRORS},
 }
+# A module that a user names, and libraries that only some exports need.
+IMPORTED_BY_NAME = {"callbacks/frozen_encoder.py": 1, "export.py": 1}
+
+
+def files(room):
+    return [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else sorted((ROOT / room).rglob("*.py"))
 
 
 def imported(path):
@@ -29,23 +38,62 @@ def imported(path):
             yield node.module
 
 
+def test_every_file_is_in_a_room():
+    found = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert found - {"benchmarks", "studies", "tests"} == ALLOWED.keys()
+
+
 @pytest.mark.parametrize("room", ALLOWED)
 def test_imports_point_one_way(room):
-    files = [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").exists() else sorted((ROOT / room).glob("*.py"))
-    assert files
-    for path in files:
-        found = {name.split(".")[0] for name in imported(path)} & OURS
+    assert files(room)
+    for path in files(room):
+        found = {name.split(".")[0] for name in imported(path)} & ALLOWED.keys()
         assert found <= ALLOWED[room], f"{path.name} imports {sorted(found - ALLOWED[room])}"
 
 
-@pytest.mark.parametrize(
-    "name", ["encoders", "fast_encoder", "losses", "functional", "distances", "triplets", "retrieval"]
-)
-def test_networks_and_losses_need_torch_alone(name):
-    names = set(imported(ROOT / "lightning_modules" / f"{name}.py"))
-    others = {n for n in names if n.split(".")[0] not in sys.stdlib_module_names and n.split(".")[0] != "torch"}
-    ours = {f"lightning_modules.{part}" for part in ("distances", "encoders", "functional", "triplets")}
-    assert others <= {"errors", *ours}, others
+@pytest.mark.parametrize("room", ALLOWED)
+def test_modules_are_imported_by_statements(room):
+    """A string would hide an import from the test above."""
+    for path in files(room):
+        names = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name | ast.Attribute)]
+        calls = sum(getattr(node, "id", getattr(node, "attr", "")) == "import_module" for node in names)
+        assert calls <= IMPORTED_BY_NAME.get(path.relative_to(ROOT).as_posix(), 0), path
+
+
+def test_callbacks_hold_callbacks_alone():
+    for path in files("callbacks"):
+        if path.stem not in ("__init__", "figures"):
+            assert sum(isinstance(node, ast.ClassDef) for node in ast.parse(path.read_text()).body) == 1, path
+
+
+def test_nothing_happens_at_import():
+    """No style, warning filter, log level or environment variable is set."""
+    code = """
+import logging, os, warnings
+import matplotlib.pyplot, pytorch_lightning, pytorch_lightning.cli, scipy.stats, sklearn.manifold, torchvision.datasets
+
+def state():
+    names = [name for name in logging.root.manager.loggerDict if "lightning" in name]
+    levels = {name: logging.getLogger(name).level for name in names}
+    return dict(os.environ), list(warnings.filters), levels, dict(matplotlib.rcParams)
+
+before = state()
+import cli, export, reproduce
+for name, one, two in zip(("environment", "warnings", "log levels", "style"), before, state()):
+    assert one == two, name
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("part", ["encoders", "losses", "retrieval.py", "mining.py"])
+def test_networks_and_losses_need_torch_alone(part):
+    path = ROOT / "lightning_modules" / part
+    for file in [path] if path.is_file() else sorted(path.glob("*.py")):
+        others = {name.split(".")[0] for name in imported(file)} - {"torch", "torchvision", *NETWORKS}
+        assert not others - sys.stdlib_module_names, (file, others)
+        ours = [name for name in imported(file) if name.startswith("lightning_modules.")]
+        assert all(name.split(".")[1] in ("encoders", "losses") for name in ours), (file, ours)
 
 
 def test_version_is_told_without_importing_torch():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from killer import PHASES, quiet_main
 
-from callbacks.checkpoints import AtomicCheckpointIO, load_checkpoint
 from errors import InputError
+from run_folder import WholeCheckpointIO, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
@@ -25,19 +25,16 @@ EPOCHS, STEPS_PER_EPOCH = 3, 8
 def arguments(stage, runs, *more):
     common = ["--data", "DigitsDataModule", "--data.batch_size=128", f"--trainer.max_epochs={EPOCHS}"]
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-    often = ["--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_steps=3"]
-    special = {"mlp_probe": ["--model.dropout=0.3"], "fine_tune": ["--frozen_encoder.unfreeze_at_epoch=1"]}.get(
-        stage, []
-    )
-    probes = [f"--frozen_encoder.run={runs.parent / 'encoder/triplet_encoder/version_0'}"]
-    special += probes if stage in ("linear_probe", "mlp_probe", "fine_tune") else []
+    often = ["--last_checkpoint.every_n_steps=3"]
+    special = ["--model.dropout=0.3"] if stage == "mlp_probe" else []
+    start = {"linear_probe": "triplet_encoder", "mlp_probe": "triplet_encoder", "fine_tune": "linear_probe"}.get(stage)
+    special += [f"--frozen_encoder.run={runs.parent / 'start' / start / 'version_0'}"] if start else []
     config = ["--config", str(CONFIGS / f"{stage}.yaml")]
     return ["fit", *config, *common, *quiet, *often, *special, f"--trainer.logger.save_dir={runs}", *more]
 
 
-def processes(stage, count):
-    unused = ["--trainer.strategy=ddp_find_unused_parameters_true"] if stage == "fine_tune" and count > 1 else []
-    return [f"--trainer.devices={count}", *unused]
+def processes(count):
+    return [f"--trainer.devices={count}"]
 
 
 def killer(phase, step, log):
@@ -97,15 +94,15 @@ def differences(a, b, path=""):
 def whole(tmp_path_factory):
     """Runs that nothing interrupts, by stage and number of processes, made when first asked for."""
     base = tmp_path_factory.mktemp("whole")
-    encoder = ["--trainer.max_epochs=1"]
-    assert in_a_process(arguments("triplet_encoder", base / "encoder", *encoder)) == 0
+    for stage in ("triplet_encoder", "linear_probe"):  # what probes and fine-tuning start from
+        assert in_a_process(arguments(stage, base / "start", "--trainer.max_epochs=1")) == 0
     made = {}
 
     def get(stage, devices):
         if (stage, devices) not in made:
             runs = base / f"{stage}_{devices}"
             call = in_a_process if devices == 1 else by_command
-            assert call(arguments(stage, runs, *processes(stage, devices))) == 0
+            assert call(arguments(stage, runs, *processes(devices))) == 0
             made[stage, devices] = state(runs, stage)
         return made[stage, devices]
 
@@ -116,7 +113,7 @@ def whole(tmp_path_factory):
 def killed_and_resumed(whole, stage, phase, step, devices, log):
     runs = whole.base / f"{stage}_{phase}_{step}_{devices}"
     call = in_a_process if devices == 1 else by_command
-    args = arguments(stage, runs, *processes(stage, devices))
+    args = arguments(stage, runs, *processes(devices))
     code = call([*args, *killer(phase, step, log)])
     # Of two processes one may see that the other is gone before it is killed itself.
     assert code == -signal.SIGKILL or (devices == 2 and code not in (0, 2)), code
@@ -173,9 +170,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, whole):
     """A limit on the size of files stands in for a full disk: it lets step0.ckpt through, and no trained one."""
     runs, limit = (
         tmp_path / "runs",
-        "import resource, sys, main; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));",
+        "import errors, resource, sys, main; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));",
     )
-    program = limit + "sys.exit(main.one_line('main.py', lambda: main.main(sys.argv[1:])))"
+    program = limit + "sys.exit(errors.one_line('main.py', lambda: main.main(sys.argv[1:])))"
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments("softmax_regression", runs)],
         cwd=ROOT,
@@ -207,7 +204,7 @@ def test_a_truncated_last_checkpoint_is_named_and_the_one_before_it_used(tmp_pat
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "x.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, path)
+    WholeCheckpointIO().save_checkpoint({"state_dict": {}}, path)
     before = path.read_bytes()
 
     def fails(checkpoint, file):
@@ -216,5 +213,5 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(InputError, match="x.ckpt: the checkpoint cannot be written .No space left on device."):
-        AtomicCheckpointIO().save_checkpoint({"state_dict": {}}, path)
+        WholeCheckpointIO().save_checkpoint({"state_dict": {}}, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -8,13 +8,14 @@ from conftest import CONFIGS
 
 from main import main
 
-PAGE = (CONFIGS.parent / "CONTRIBUTING.md").read_text()
+PAGE = (CONFIGS.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
     """The page's commands, its code being in a module `mine` on the path."""
-    (tmp_path / "mine.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     yield re.findall(r"^    python main\.py (.*)$", PAGE, re.MULTILINE)
     sys.modules.pop("mine", None)
@@ -26,7 +27,9 @@ def test_the_pages_commands_work(commands, tmp_path, tiny):
         command, option, config, *more = line.split()
         if "--data" not in more:
             more += [f"--data.root={tiny}", "--data.val_size=50", "--data.batch_size=60"]
-        more += ["--trainer.max_epochs=1", f"--trainer.logger.save_dir={tmp_path / 'runs'}"]
+        if "--model.loss" in more:  # the page's encoder is the default one
+            more += ["--model.encoder.widths=[4,8,8]"]
+        more += ["--trainer.max_steps=2", "--pictures=false", f"--trainer.logger.save_dir={tmp_path / 'runs'}"]
         cli = main([command, option, str(CONFIGS.parent / config), *more])
         names.append({type(part).__name__ for part in (cli.model, cli.datamodule, *cli.model.children())})
     loss, encoder, probe, data = names
@@ -34,10 +37,11 @@ def test_the_pages_commands_work(commands, tmp_path, tiny):
 
 
 def test_a_probe_of_an_own_encoder_is_tested_and_wants_its_module(commands, run, refused):
-    run("fit", "triplet_encoder", "--model.encoder=mine.Mine")
+    few = ["--pictures=false"]
+    run("fit", "triplet_encoder", "--model.encoder=mine.Mine", *few)
     named = "--frozen_encoder.encoder_module=mine"
-    run("fit", "linear_probe", named)
-    cli = run("test", "linear_probe", "--ckpt_path=best", named)
+    run("fit", "linear_probe", named, *few)
+    cli = run("test", "linear_probe", "--ckpt_path=best", named, *few)
     assert type(cli.model.encoder).__name__ == "Mine"
     exported = main(["export", f"--ckpt_path={cli.checkpoint}", "--format=safetensors", "--encoder_module=mine"])
     assert exported.name == "classifier.safetensors" and exported.is_file()

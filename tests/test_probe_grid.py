@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from callbacks.checkpoints import load_checkpoint
 
 GRID = ["--model=LinearProbeGrid", "--model.lr_factors=[0.1,3]", "--model.weight_decay_factors=[0,100]"]

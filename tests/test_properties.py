@@ -150,11 +150,16 @@ def test_a_loss_does_not_depend_on_order_or_names_and_has_a_finite_gradient(name
         torch.testing.assert_close(loss(z, names[labels], generator), value.detach(), rtol=1e-9, atol=1e-12)
 
 
+DTYPES = {"images": [np.uint8, np.int8, np.float32, np.bool_], "labels": [np.int64, np.uint8, np.float64, np.complex64]}
+
+
 @given(
-    images=arrays_of.arrays(st.sampled_from([np.uint8, np.int8, np.float32, np.bool_]), arrays_of.array_shapes(max_dims=5, max_side=4)),
-    labels=arrays_of.arrays(st.sampled_from([np.int64, np.uint8, np.float64, np.complex64]), arrays_of.array_shapes(max_dims=2, max_side=4), fill=st.just(0)),
+    images=arrays_of.arrays(st.sampled_from(DTYPES["images"]), arrays_of.array_shapes(max_dims=5, max_side=4)),
+    labels=arrays_of.arrays(
+        st.sampled_from(DTYPES["labels"]), arrays_of.array_shapes(max_dims=2, max_side=4), fill=st.just(0)
+    ),
     fitting=st.booleans(),
-)  # fmt: skip
+)
 def test_any_arrays_are_read_as_they_are_or_refused(tmp_path, images, labels, fitting):
     if fitting:
         images = np.resize(images, (len(labels), 32, 32, 3))

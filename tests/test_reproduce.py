@@ -1,61 +1,78 @@
-"""The ladder on digits with few steps: its files, going on after a stop, and what it refuses."""
+"""The ladder on digits with few steps: its files, resuming after a stop, and what it refuses."""
 
 import json
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 from test_killed import in_a_process, killer
 from test_report import Page
 
 import reproduce
-from callbacks import TSNE
-from callbacks.checkpoints import load_checkpoint
 from errors import InputError
+from reproduce import LADDER, PLAIN, Ladder, Step
+from run_folder import load_checkpoint
 
-STAGES = list(reproduce.REPORT)
+STAGES = [step.name for step in LADDER]
+SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--quiet")
+SMALL = {"triplet_encoder": ("--tsne.samples=60",), "supervised_encoder": ()}
+SECOND = ("triplet_encoder_knn", "triplet_encoder_linear_probe")
+
+
+def short(step):
+    small = ("--model.encoder.init_args.widths=[8,8,16]", *SMALL[step.config]) if step.config in SMALL else ()
+    return replace(step, digits=(*step.digits, *SHORT, *small))
+
+
+def run(out, seeds, steps=LADDER):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "LADDER", tuple(short(step) for step in steps))
+        reproduce.reproduce(["--data", "digits", "--seeds", str(seeds), "--out", str(out)])
 
 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory):
-    """A finished ladder of two seeds, two steps a stage."""
+    """A finished ladder of one seed, two training steps a stage."""
     out = tmp_path_factory.mktemp("ladder")
-    with pytest.MonkeyPatch.context() as patch:
-        short = {k: [*v, "--trainer.max_steps=2", "--trainer.accelerator=cpu"] for k, v in reproduce.DIGITS.items()}
-        patch.setattr(reproduce, "DIGITS", short)
-        patch.setattr(TSNE.__init__, "__defaults__", (60, 30.0))  # fewer samples, which take seconds
-        reproduce.reproduce(["--data", "digits", "--seeds", "2", "--out", str(out)])
+    run(out, 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two_seeds(ladder, tmp_path_factory):
+    """That ladder with a second seed for some of its stages."""
+    out = tmp_path_factory.mktemp("two") / "copy"
+    shutil.copytree(ladder, out)
+    run(out, 2, [step for step in LADDER if step.name in SECOND])
     return out
 
 
 def test_results(ladder):
     rows = json.loads((ladder / "results.json").read_text())
     assert [row["stage"] for row in rows] == STAGES
+    numbers = {"val_accuracy", "test_accuracy", "val_std", "test_std", "seconds", "fit_seconds", "training_seconds"}
     for row in rows:
-        assert set(row) == {
-            "stage",
-            "val_accuracy",
-            "test_accuracy",
-            "val_std",
-            "test_std",
-            "seconds",
-            "fit_seconds",
-            "report",
-        }
-        assert (
-            0 < row["val_accuracy"] <= 1 and 0 < row["test_accuracy"] <= 1 and 0 < row["fit_seconds"] < row["seconds"]
-        )
-        assert row["val_std"] >= 0 and row["test_std"] >= 0
+        assert set(row) == {"stage", "report", *numbers}
+        assert 0 < row["val_accuracy"] <= 1 and 0 < row["test_accuracy"] <= 1
+        assert 0 < row["fit_seconds"] < row["seconds"] and row["fit_seconds"] <= row["training_seconds"]
+        assert row["val_std"] is None and row["test_std"] is None
         assert row["report"] is None  # the report's figures are CIFAR-10's
     table = (ladder / "results.md").read_text()
     assert all(f"| {stage} |" in table for stage in STAGES)
     assert (ladder / "results.png").read_bytes().startswith(b"\x89PNG")
     page = Page((ladder / "report.html").read_text(encoding="utf-8"))
-    assert len(page.images) == 3 and all(
-        image["alt"] and image["src"].startswith("data:image/png;base64,") for image in page.images
-    )
+    assert len(page.images) == 3
+    assert all(image["alt"] and image["src"].startswith("data:image/png;base64,") for image in page.images)
     assert all(stage in page.text for stage in STAGES) and "TripletEncoder" in page.text
-    assert f"python reproduce.py --data digits --seeds 2 --out {ladder}" in page.text
+    assert f"python reproduce.py --data digits --seeds 1 --out {ladder}" in page.text
+
+
+def test_several_seeds_have_deviations(two_seeds):
+    rows = json.loads((two_seeds / "results.json").read_text())
+    assert [row["stage"] for row in rows] == [stage for stage in STAGES if stage in SECOND]
+    assert all(row["val_std"] >= 0 and row["test_std"] >= 0 for row in rows)
+    assert "±" in (two_seeds / "results.md").read_text()
 
 
 def test_means_deviations_and_the_reports_figures():
@@ -69,21 +86,42 @@ def test_means_deviations_and_the_reports_figures():
     assert reproduce.summarise([one], report=True)[0]["test_std"] is None
 
 
-def test_the_probes_read_the_runs_of_their_own_ladder(ladder):
-    seed = ladder / "seed_1"
-    triplet, supervised = (seed / name / "version_0" for name in ("triplet_encoder", "supervised_encoder"))
-    read = {"random_encoder": triplet / "checkpoints/step0.ckpt", "supervised_probe": supervised}
-    for name, encoder in {**read, **dict.fromkeys(("linear_probe", "mlp_probe", "fine_tune"), triplet)}.items():
-        assert f"run: {encoder}\n" in (seed / name / "version_0" / "config.yaml").read_text()
+def test_training_seconds_are_those_of_all_fits_that_a_stage_rests_on():
+    fits = dict(zip(STAGES, (2.0**k for k in range(len(STAGES)))))
+    ladder = {stage: {"val": 1.0, "test": 1.0, "seconds": 1.0, "fit_seconds": fits[stage]} for stage in STAGES}
+    found = {row["stage"]: row["training_seconds"] for row in reproduce.summarise([ladder], report=False)}
+    encoder, probe = fits["triplet_encoder_knn"], fits["triplet_encoder_linear_probe"]
+    assert found["softmax_regression"] == fits["softmax_regression"] and found["triplet_encoder_knn"] == encoder
+    assert found["random_encoder_linear_probe"] == fits["random_encoder_linear_probe"]
+    assert found["triplet_encoder_linear_probe"] == encoder + probe
+    assert found["fine_tuned_encoder"] == encoder + probe + fits["fine_tuned_encoder"]
+    supervised = fits["supervised_encoder"] + fits["supervised_encoder_linear_probe"]
+    assert found["supervised_encoder_linear_probe"] == supervised
+
+
+def test_the_probes_read_the_runs_of_their_own_ladder(ladder, two_seeds):
+    seed = ladder / "seed_0"
+    triplet, probe, supervised = (
+        seed / name / "version_0" for name in ("triplet_encoder", "linear_probe", "supervised_encoder")
+    )
+    read = {
+        "random_encoder": triplet / "checkpoints/step0.ckpt", "linear_probe": triplet, "mlp_probe": triplet,
+        "fine_tune": probe, "supervised_probe": supervised,
+    }  # fmt: skip
+    runs = {seed / name / "version_0": encoder for name, encoder in read.items()}
+    second = two_seeds / "seed_1"
+    runs[second / "linear_probe" / "version_0"] = second / "triplet_encoder" / "version_0"
+    for run_folder, encoder in runs.items():
+        assert f"run: {encoder}\n" in (run_folder / "config.yaml").read_text()
 
 
 def test_a_finished_ladder_is_not_run_again(ladder, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "main", lambda args: pytest.fail("ran a stage again"))
-    reproduce.reproduce(["--data", "digits", "--seeds", "2", "--out", str(ladder)])
-    assert capsys.readouterr().out.count("finished before") == 2 * len(STAGES)
+    reproduce.reproduce(["--data", "digits", "--out", str(ladder)])
+    assert capsys.readouterr().out.count("finished before") == len(STAGES)
 
 
-def test_goes_on_at_the_first_stage_that_has_not_finished(ladder, tmp_path, monkeypatch):
+def test_resumes_at_the_first_stage_that_has_not_finished(ladder, tmp_path, monkeypatch):
     out = tmp_path / "copy"
     shutil.copytree(ladder, out)
     rows_file = out / "seed_0" / "rows.json"
@@ -92,35 +130,27 @@ def test_goes_on_at_the_first_stage_that_has_not_finished(ladder, tmp_path, monk
     rows_file.write_text(json.dumps(rows))
     shutil.rmtree(out / "seed_0" / "linear_probe")
     calls, real = [], reproduce.main
-
-    def main(args):
-        calls.append(args[0])
-        return real([*args, "--trainer.max_steps=2", "--trainer.accelerator=cpu"])
-
-    monkeypatch.setattr(reproduce, "main", main)
-    reproduce.reproduce(["--data", "digits", "--seeds", "2", "--out", str(out)])
+    monkeypatch.setattr(reproduce, "main", lambda args: calls.append(args[0]) or real(args))
+    run(out, 1)
     assert calls == ["fit", "validate", "test"]
     again = json.loads(rows_file.read_text())["triplet_encoder_linear_probe"]
     assert (again["val"], again["test"]) == (expected["val"], expected["test"])
 
 
-def test_goes_on_within_a_fit_that_was_killed(tmp_path, monkeypatch):
-    often = [
-        "--data.batch_size=128",
-        "--trainer.max_epochs=3",
-        "--trainer.callbacks+=LastCheckpoint",
-        "--trainer.callbacks.every_n_steps=3",
-    ]
-    options = 0, ["--data=DigitsDataModule", "--trainer.accelerator=cpu"], {"softmax_regression": often}
-    whole, killed = (reproduce.Ladder(tmp_path / name, *options) for name in ("whole", "killed"))
-    expected = whole._classifier("softmax_regression")
+def test_resumes_within_a_fit_that_was_killed(tmp_path, monkeypatch):
+    often = ("--trainer.max_epochs=3", "--trainer.accelerator=cpu", "--last_checkpoint.every_n_steps=3", "--quiet")
+    step = Step("softmax_regression", "softmax_regression", "softmax_regression", digits=(PLAIN, *often))
+    data = ["--data=DigitsDataModule", "--data.batch_size=128"]
+    whole, killed = (Ladder(tmp_path / name, 0, data, True) for name in ("whole", "killed"))
+    expected = whole.row(step)
     called, real = [], reproduce.main
     monkeypatch.setattr(reproduce, "main", called.append)
     with pytest.raises(AttributeError):  # what stands in for main returns no trainer
-        killed._fit("softmax_regression", "softmax_regression")
+        killed.row(step)
     assert in_a_process([*called[0], *killer("step", 13, tmp_path / "log")]) == -signal.SIGKILL
     monkeypatch.setattr(reproduce, "main", lambda args: called.append(args) or real(args))
-    assert killed._classifier("softmax_regression") == expected
+    found = killed.row(step)
+    assert (found["val"], found["test"]) == (expected["val"], expected["test"])
     assert [args[0] for args in called] == ["fit", "fit", "validate", "test"] and called[1][-1] == "--ckpt_path=last"
     files = [next(ladder.out.glob("*/version_0/checkpoints/last.ckpt")) for ladder in (whole, killed)]
     one, two = (load_checkpoint(file)["state_dict"] for file in files)

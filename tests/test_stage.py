@@ -8,7 +8,7 @@ from datamodules import DigitsDataModule
 from errors import InputError
 from lightning_modules import LogisticRegression, SoftmaxRegression
 from lightning_modules.regression import PixelLinear
-from lightning_modules.stage import Triangle
+from lightning_modules.stage import triangle
 
 
 def fit(model, data=None, **options):
@@ -79,9 +79,9 @@ def test_logistic_regression_is_softmax_regression_with_two_classes():
 
 
 def test_triangle_rises_to_one_and_falls_to_just_above_zero():
-    factors = [Triangle(10, 0.2)(s) for s in range(10)]
+    factors = [triangle(10, 0.2)(s) for s in range(10)]
     assert factors == pytest.approx([0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    assert [Triangle(1, 0.2)(0), Triangle(2, 0.0)(0)] == [1, 1]
+    assert [triangle(1, 0.2)(0), triangle(2, 0.0)(0)] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sys
 import warnings
 
 import torch
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Callback, Trainer, seed_everything
 from torch import nn
 
 from datamodules import DigitsDataModule
@@ -59,17 +59,25 @@ LOSSES = {
 }
 
 
+class LastLoss(Callback):
+    """Keeps the loss of the last step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.loss = outputs["loss"]
+
+
 def fit(loss, precision: str, steps: int, lr: float = 0.02, **options) -> dict:
     """The last step's loss, and all weights and buffers, after `steps` steps of SGD on augmented digits."""
     seed_everything(1, verbose=False)  # not torch.manual_seed: N processes seed again from what the environment says
     model = TripletEncoder(FastEncoder([8, 8, 8]), loss(), z_dim=8, lr=lr, momentum=0.0, **options)
+    last = LastLoss()
     trainer = Trainer(
-        max_steps=steps, limit_val_batches=0, precision=precision, accelerator="cpu", logger=False,
+        max_steps=steps, callbacks=[last], limit_val_batches=0, precision=precision, accelerator="cpu", logger=False,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(model, datamodule=DigitsDataModule(batch_size=64, flip=True, translate=2))
-    return {"loss": model.last_loss, **model.state_dict()}
+    return {"loss": last.loss, **model.state_dict()}
 
 
 def bare_batch_norm() -> dict:
@@ -93,7 +101,7 @@ def main(file: str) -> None:
     for name in ("multi-negative", "margin, random, Euclidean", "margin, all, Euclidean on the sphere"):
         found[f"{name}, 20 steps"] = fit(LOSSES[name], "64-true", 20)
     for name in ("multi-negative", "prototypical", "margin, all, Euclidean on the sphere"):
-        # At a low rate: at 0.02, rounding errors grow so fast in float32 that 1 and 2 threads of one process part as well.
+        # At a low rate: at 0.02, rounding grows so fast in float32 that 1 and 2 threads of one process differ as much.
         found[f"{name}, float32"] = fit(LOSSES[name], "32-true", 20, lr=1e-4)
     found["BatchNorm"] = bare_batch_norm()
     found["multi-negative, local"] = fit(MultiNegativeLoss, "64-true", 1, global_mining=False)

@@ -1,5 +1,7 @@
 """Networks that map images to features, under one contract, `Encoder`."""
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Literal
 
@@ -15,18 +17,25 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotun
 class Encoder(nn.Module):
     """Maps images (B, 3, 32, 32) float in [0, 1] to features (B, `feature_dim`).
 
-    A subclass sets `feature_dim`, implements `features(normalised_images)`, and passes its own arguments on as
-    `init_args`, from which a checkpoint's reader builds it again. The channel statistics are buffers, so they travel
-    with the weights; `initialize` fills them before training. So do `mirror` and `shift`, which say over which views of an
-    image `embed` averages: for evaluation, since each costs a pass (K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single
-    GPU", 2024, section 3.5, averages predictions so).
+    A subclass sets `feature_dim` and implements `features(normalised_images)`. Its arguments, plain types, are recorded
+    as `init_args`: a checkpoint's reader builds it from them again. The channel statistics are buffers, so they travel
+    with the weights; `initialize` fills them before training. So do `mirror` and `shift`, which say over which views of
+    an image `embed` averages: for evaluation, since each costs a pass (K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a
+    Single GPU", 2024, section 3.5, averages predictions so).
     """
 
     feature_dim: int
+    init_args: dict
 
-    def __init__(self, **init_args) -> None:
+    def __new__(cls, *args, **kwargs) -> "Encoder":
+        encoder = super().__new__(cls)
+        bound = inspect.signature(cls.__init__).bind_partial(encoder, *args, **kwargs)  # partial: copies give none
+        bound.apply_defaults()
+        encoder.__dict__["init_args"] = dict(list(bound.arguments.items())[1:])
+        return encoder
+
+    def __init__(self) -> None:
         super().__init__()
-        self.init_args = init_args
         self.register_buffer("mean", torch.zeros(3, 1, 1))
         self.register_buffer("std", torch.ones(3, 1, 1))
         self.register_buffer("mirror", torch.tensor(False))
@@ -35,10 +44,11 @@ class Encoder(nn.Module):
         self._memory_format = torch.channels_last
 
     def run_as(self, channels_last: bool = True, compile_mode: CompileMode | None = None) -> "Encoder":
-        """How the same computation is carried out; a checkpoint neither holds nor checks it. Returns the encoder itself.
+        """Chooses the memory format and compiler of the same computation, and returns the encoder itself.
 
         `channels_last`: weights and activations lie pixel by pixel in memory, as the images do. `compile_mode`:
-        torch.compile's, for what runs while training; evaluation does not, so that features keep their bits.
+        torch.compile's, for what runs while training; evaluation does not, so features keep their bits. A checkpoint
+        holds neither.
         """
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # Not of the bound method, which a deep copy of this encoder would share.
@@ -48,7 +58,12 @@ class Encoder(nn.Module):
     @property
     def spec(self) -> dict:
         """What `build_encoder` needs, in plain types."""
-        return {"class_path": type(self).__name__, "init_args": self.init_args}
+        return {"class_path": class_path(type(self)), "init_args": self.init_args}
+
+    @property
+    def views(self) -> list[tuple[bool, int]]:
+        """The views of an image that `embed` averages, see `view_list`."""
+        return view_list(bool(self.mirror), int(self.shift))
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -56,13 +71,6 @@ class Encoder(nn.Module):
         mean, std = channel_statistics(images)
         self.mean.copy_(mean.view(3, 1, 1))
         self.std.copy_(std.view(3, 1, 1))
-
-    def set_views(self, datamodule, mirror: bool | None, shift: int | None) -> None:
-        """What `embed` averages over; None: what the data is augmented by."""
-        if not 0 <= (shift or 0) < 32:
-            raise InputError(f"model.shift {shift}: must be 0..31 pixels")
-        self.mirror.fill_(datamodule.flip if mirror is None else mirror)
-        self.shift.fill_(min(1, datamodule.translate) if shift is None else shift)
 
     def features(self, images: Tensor) -> Tensor:
         raise NotImplementedError
@@ -85,7 +93,7 @@ class Encoder(nn.Module):
     def embed(self, images: Tensor, shifted: bool = True) -> Tensor:
         """What kNN, pictures and a probe's evaluation read: (B, `feature_dim`) float32, the mean over the image's views
         (without the shifted ones if `shifted` is False)."""
-        views = view_list(bool(self.mirror), int(self.shift) if shifted else 0)
+        views = self.views if shifted else view_list(bool(self.mirror), 0)
         return torch.stack([self(view(images, *which)).float() for which in views]).mean(0)
 
     @torch.no_grad()
@@ -105,7 +113,7 @@ class Encoder(nn.Module):
 
 
 def view_list(mirror: bool, shift: int) -> list[tuple[bool, int]]:
-    """The views of an image that `Encoder.embed` averages: mirrored or not, moved by so many pixels in x and y alike."""
+    """The views of an image that `Encoder.embed` averages: mirrored or not, moved by so many pixels in x and y."""
     return [
         (mirrored, moved)
         for moved in ((0, shift, -shift) if shift else (0,))
@@ -139,14 +147,37 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(std > 1e-6, std, 1.0).float()
 
 
+class Predictor(nn.Module):
+    """images (B, 3, 32, 32) in [0, 1] → `head` of the encoder's features, the mean over its views. For export."""
+
+    def __init__(self, encoder: Encoder, head: nn.Module) -> None:
+        super().__init__()
+        # The views are taken from the buffers now: a traced graph cannot ask them, as `Encoder.embed` does.
+        self.encoder, self.head, self.views = encoder, head, encoder.views
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(sum(self.encoder(view(images, *which)) for which in self.views) / len(self.views))
+
+
+def class_path(encoder: type[Encoder]) -> str:
+    return f"{encoder.__module__}.{encoder.__qualname__}"
+
+
+def known_encoders(base: type[Encoder] = Encoder) -> dict[str, type[Encoder]]:
+    """All subclasses of Encoder, and theirs, that this process has imported, by their full path."""
+    found = {class_path(encoder): encoder for encoder in base.__subclasses__()}
+    for encoder in base.__subclasses__():
+        found |= known_encoders(encoder)
+    return found
+
+
 def build_encoder(spec: dict) -> Encoder:
     """The encoder that a checkpoint's `spec` describes, untrained. Raises InputError for an unknown one.
 
-    Only subclasses of Encoder that this process has imported already can be named, those of `lightning_modules` and of
-    the run's own config: a checkpoint imports nothing.
+    Only classes that this process has imported already can be named, those of `lightning_modules` and of the run's own
+    config: a checkpoint imports nothing.
     """
-    known = {encoder.__name__: encoder for encoder in Encoder.__subclasses__()}
-    name = spec.get("class_path") if isinstance(spec, dict) else None
+    known, name = known_encoders(), spec.get("class_path") if isinstance(spec, dict) else None
     if not isinstance(name, str) or name not in known:
         raise InputError(f"encoder {name!r} named by the checkpoint is not one of {', '.join(known)}")
     try:
@@ -155,8 +186,15 @@ def build_encoder(spec: dict) -> Encoder:
         raise InputError(f"the checkpoint's arguments do not fit {name}: {first_line(error)}") from error
 
 
-def positive(name: str, value: int) -> int:
-    """The value. Raises InputError below 1."""
-    if value < 1:
-        raise InputError(f"encoder {name} {value}: must be at least 1")
-    return value
+def encoder_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's tensors in a stage's `state_dict`, by the names that the encoder gives them."""
+    return {k.removeprefix("encoder."): v for k, v in state_dict.items() if k.startswith("encoder.")}
+
+
+def weights_sha256(state_dict: dict[str, Tensor]) -> str:
+    """Digest of all tensors, buffers too, with their names, shapes and types."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

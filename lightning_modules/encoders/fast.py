@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import InputError
-from lightning_modules.encoders.contract import Encoder, positive
+from errors import require
+from lightning_modules.encoders.contract import Encoder
 
 
 class FastEncoder(Encoder):
@@ -24,13 +24,10 @@ class FastEncoder(Encoder):
     """
 
     def __init__(self, widths: list[int] = [32, 64, 256], whitening_eps: float = 1e-2, residual: bool = False) -> None:
-        super().__init__(widths=list(widths), whitening_eps=whitening_eps, **({"residual": True} if residual else {}))
-        if len(widths) != 3:
-            raise InputError(f"FastEncoder widths {widths}: give the widths of three blocks, e.g. [32, 64, 256]")
-        for width in widths:
-            positive("widths", width)
-        if not whitening_eps > 0:
-            raise InputError(f"FastEncoder whitening_eps {whitening_eps}: must be above 0")
+        super().__init__()
+        require(len(widths) == 3, "FastEncoder widths", widths, "the widths of three blocks, e.g. [32, 64, 256]")
+        require(min(widths) >= 1, "encoder widths", widths, "at least 1 each")
+        require(whitening_eps > 0, "FastEncoder whitening_eps", whitening_eps, "above 0")
         self.feature_dim, self.whitening_eps = widths[-1], whitening_eps
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad_(False)

@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from lightning_modules.encoders.contract import Encoder, positive
+from errors import require
+from lightning_modules.encoders.contract import Encoder
 
 
 class ReportEncoder(Encoder):
@@ -13,8 +14,9 @@ class ReportEncoder(Encoder):
     """
 
     def __init__(self, feature_dim: int = 32) -> None:
-        super().__init__(feature_dim=feature_dim)
-        self.feature_dim = positive("feature_dim", feature_dim)
+        super().__init__()
+        require(feature_dim >= 1, "encoder feature_dim", feature_dim, "at least 1")
+        self.feature_dim = feature_dim
         self.net = nn.Sequential(
             nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),

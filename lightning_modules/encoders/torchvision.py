@@ -26,7 +26,7 @@ class TorchvisionEncoder(Encoder):
     def __init__(
         self, model: str = "resnet18", stem: Literal["cifar", "imagenet"] = "cifar", image_size: int = 32
     ) -> None:
-        super().__init__(model=model, stem=stem, image_size=image_size)
+        super().__init__()
         name = model.removeprefix("torchvision.models.")
         if name not in list_models(module=models):  # detection and others would download a pretrained backbone
             raise InputError(f"TorchvisionEncoder model {model}: torchvision has no such classification model")

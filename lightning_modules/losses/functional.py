@@ -48,7 +48,7 @@ def lmnn_loss(z: Tensor, labels: Tensor, margin: float, push: float, neighbours:
     (1 − μ) Σ_{i,j} d(i, j) + μ Σ_{i,j,l} max(0, margin + d(i, j) − d(i, l)), j over the `neighbours` nearest of i's
     class, l over the images of other classes, both divided by the number of pairs (i, j); μ is `push`. K. Weinberger
     & L. Saul, "Distance Metric Learning for Large Margin Nearest Neighbor Classification", 2009, equations 11–13, with
-    the target neighbours of the batch. `distance` is the squared Euclidean or Mahalanobis one, `z` (B, D), `labels` (B,).
+    the batch's target neighbours. `distance` is the squared Euclidean or Mahalanobis one, `z` (B, D), `labels` (B,).
     """
 
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
@@ -113,9 +113,9 @@ def supcon_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 
 def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over anchors of the cross-entropy of softmax_c(s(a, m_c) / τ), m_c the mean direction of class c in the batch.
+    """Mean over anchors of the cross-entropy of softmax_c(s(a, m_c) / τ), m_c the mean direction of class c.
 
-    The anchor itself is left out of its own class's mean, s is the cosine similarity: the softmax loss of L. Wan et al.,
+    The anchor is left out of its own class's mean, s is the cosine similarity: the softmax loss of L. Wan et al.,
     "Generalized End-to-End Loss for Speaker Verification", 2018, equations 6 and 8, with a fixed temperature, after J.
     Snell et al., "Prototypical Networks", 2017. `label_smoothing` is the share of each label that is spread over the
     batch's classes. `z` (B, D), `labels` (B,); anchors without another image of their class are left out. O(B C) for C

@@ -10,25 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from errors import InputError
+from errors import require
+from lightning_modules.losses import functional
 from lightning_modules.losses.distances import CosineDistance, EuclideanDistance
-from lightning_modules.losses.functional import (
-    dense_triplet_margin_loss,
-    distance_matrix,
-    lmnn_loss,
-    multi_negative_loss,
-    pairwise_contrastive_loss,
-    prototypical_loss,
-    rows,
-    soft_margin_loss,
-    supcon_loss,
-    triplet_margin_loss,
-)
+from lightning_modules.losses.functional import distance_matrix, rows
 from lightning_modules.losses.triplets import anchor_blocks, hardest_triplets, random_triplets
+
+Triplets = Literal["random", "hard", "semihard", "all"]
 
 
 class BatchLoss(nn.Module):
-    """What a config can name as `model.loss`. A subclass implements forward(z, labels, generator) → loss, no dimensions.
+    """What a config can name as `model.loss`. A subclass implements forward(z, labels, generator) → a scalar loss.
 
     The attributes tell MiningMonitor what to measure by: the distance that the loss compares, its margin or
     temperature, and the value at which it stands still where positives are as far away as negatives.
@@ -43,9 +35,6 @@ class BatchLoss(nn.Module):
         super().__init__()
         self.distance = CosineDistance() if distance is None else distance
 
-    def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        raise NotImplementedError
-
 
 class TripletMarginLoss(BatchLoss):
     """max(0, d(a, p) − d(a, n) + margin) over the triplets of a batch.
@@ -58,20 +47,16 @@ class TripletMarginLoss(BatchLoss):
         distance: EuclideanDistance (also for null), CosineDistance or MahalanobisDistance.
     """
 
-    def __init__(
-        self,
-        triplets: Literal["random", "hard", "semihard", "all"] = "random",
-        margin: float = 1.0,
-        distance: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, triplets: Triplets = "random", margin: float = 1.0, distance: nn.Module | None = None) -> None:
         super().__init__(EuclideanDistance() if distance is None else distance)
-        self.margin, self.triplets = _margin(self, margin), triplets
-        self.pinned_at = self.margin  # the loss where all embeddings are alike
+        _check_margin(self, margin)
+        self.triplets, self.margin, self.pinned_at = triplets, margin, margin  # the loss where all embeddings are alike
 
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        if self.triplets in ("all", "semihard"):
-            return dense_triplet_margin_loss(z, labels, self.margin, self.distance, self.triplets == "semihard")
-        return triplet_margin_loss(*_sampled(self, z, labels, generator), self.margin)
+        if self.triplets in ("random", "hard"):
+            return functional.triplet_margin_loss(*_sampled(self, z, labels, generator), self.margin)
+        semihard = self.triplets == "semihard"
+        return functional.dense_triplet_margin_loss(z, labels, self.margin, self.distance, semihard)
 
 
 class SoftMarginTripletLoss(BatchLoss):
@@ -84,11 +69,10 @@ class SoftMarginTripletLoss(BatchLoss):
 
     def __init__(self, triplets: Literal["random", "hard"] = "hard", distance: nn.Module | None = None) -> None:
         super().__init__(EuclideanDistance() if distance is None else distance)
-        self.triplets = triplets
-        self.pinned_at = math.log(2)
+        self.triplets, self.pinned_at = triplets, math.log(2)
 
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return soft_margin_loss(*_sampled(self, z, labels, generator))
+        return functional.soft_margin_loss(*_sampled(self, z, labels, generator))
 
 
 class LMNNLoss(BatchLoss):
@@ -105,60 +89,63 @@ class LMNNLoss(BatchLoss):
         self, margin: float = 1.0, push: float = 0.5, neighbours: int = 3, distance: nn.Module | None = None
     ) -> None:
         super().__init__(EuclideanDistance(squared=True) if distance is None else distance)
-        if not 0 < push < 1:
-            raise InputError(f"LMNNLoss push {push}: must be between 0 and 1")
-        if neighbours < 1:
-            raise InputError(f"LMNNLoss neighbours {neighbours}: must be at least 1")
-        self.margin, self.push, self.neighbours = _margin(self, margin), push, neighbours
+        _check_margin(self, margin)
+        require(0 < push < 1, "LMNNLoss push", push, "between 0 and 1")
+        require(neighbours >= 1, "LMNNLoss neighbours", neighbours, "at least 1")
+        self.margin, self.push, self.neighbours = margin, push, neighbours
 
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return lmnn_loss(z, labels, self.margin, self.push, self.neighbours, self.distance)
+        return functional.lmnn_loss(z, labels, self.margin, self.push, self.neighbours, self.distance)
 
 
-class MultiNegativeLoss(BatchLoss):
+class _TemperatureLoss(BatchLoss):
+    """A loss of exp(cosine similarity / temperature).
+
+    Args:
+        temperature: τ; the smaller, the more the hardest pairs weigh.
+    """
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        super().__init__()
+        require(0 < temperature < math.inf, f"{type(self).__name__} temperature", temperature, "above 0")
+        self.temperature = temperature
+
+
+class MultiNegativeLoss(_TemperatureLoss):
     """Every positive pair against all negatives of the batch at once, see `multi_negative_loss`."""
 
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__()
-        self.temperature = _temperature(self, temperature)
-
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return multi_negative_loss(z, labels, self.temperature)
+        return functional.multi_negative_loss(z, labels, self.temperature)
 
 
-class SupConLoss(BatchLoss):
+class SupConLoss(_TemperatureLoss):
     """Supervised contrastive loss, see `supcon_loss`."""
 
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__()
-        self.temperature = _temperature(self, temperature)
-
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return supcon_loss(z, labels, self.temperature)
+        return functional.supcon_loss(z, labels, self.temperature)
 
 
-class PrototypicalLoss(BatchLoss):
-    """Each image against the mean of its class and those of all others in the batch, see `prototypical_loss`."""
+class PrototypicalLoss(_TemperatureLoss):
+    """Each image against the mean of its class and those of all others in the batch, see `prototypical_loss`.
+
+    Args:
+        label_smoothing: share of the target that is spread over all classes.
+    """
 
     def __init__(self, temperature: float = 0.1, label_smoothing: float = 0.1) -> None:
-        super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise InputError(f"PrototypicalLoss label_smoothing {label_smoothing}: must be in [0, 1)")
-        self.temperature, self.label_smoothing = _temperature(self, temperature), label_smoothing
+        super().__init__(temperature)
+        require(0 <= label_smoothing < 1, "PrototypicalLoss label_smoothing", label_smoothing, "in [0, 1)")
+        self.label_smoothing = label_smoothing
 
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return prototypical_loss(z, labels, self.temperature, self.label_smoothing)
+        return functional.prototypical_loss(z, labels, self.temperature, self.label_smoothing)
 
 
-class PairwiseContrastiveLoss(BatchLoss):
+class PairwiseContrastiveLoss(_TemperatureLoss):
     """The report's equation 2, see `pairwise_contrastive_loss`."""
 
-    def __init__(self, temperature: float = 0.1) -> None:
-        super().__init__()
-        self.temperature = _temperature(self, temperature)
-
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return pairwise_contrastive_loss(z, labels, self.temperature)
+        return functional.pairwise_contrastive_loss(z, labels, self.temperature)
 
 
 def _sampled(loss: BatchLoss, z: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -173,15 +160,7 @@ def _sampled(loss: BatchLoss, z: Tensor, labels: Tensor, generator: torch.Genera
     return loss.distance.pairs(x, rows(z, positives)), loss.distance.pairs(x, rows(z, negatives))
 
 
-def _margin(loss: BatchLoss, margin: float) -> float:
+def _check_margin(loss: BatchLoss, margin: float) -> None:
     largest = getattr(loss.distance, "largest", math.inf)  # a distance of the user's own need not say
-    if not 0 < margin < largest:
-        why = f", below {largest:g}, the largest {type(loss.distance).__name__} there is" if largest < math.inf else ""
-        raise InputError(f"{type(loss).__name__} margin {margin}: must be above 0{why}")
-    return margin
-
-
-def _temperature(loss: BatchLoss, temperature: float) -> float:
-    if not 0 < temperature < math.inf:
-        raise InputError(f"{type(loss).__name__} temperature {temperature}: must be above 0")
-    return temperature
+    why = f", below {largest:g}, the largest {type(loss.distance).__name__} there is" if largest < math.inf else ""
+    require(0 < margin < largest, f"{type(loss).__name__} margin", margin, f"above 0{why}")

@@ -1,0 +1,28 @@
+"""Means over the images of all processes: the one way in which every stage and monitor here adds up what it logs."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class Mean(Metric):
+    """Σ sums / Σ counts over all batches and processes: one quantity (no dimensions), or `quantities` of them, (Q,).
+
+    `update` takes a batch's sums and its number of images; sums that a checkpoint has kept are given back by it too.
+    A NaN stays one. The sums are float64 and their mean is rounded to float32, so the order of the sums does not show.
+    """
+
+    full_state_update = False
+
+    def __init__(self, quantities: int | None = None) -> None:
+        super().__init__()
+        shape = () if quantities is None else (quantities,)
+        self.add_state("sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, sums: Tensor, count: int | Tensor) -> None:
+        self.sums += sums
+        self.count += count
+
+    def compute(self) -> Tensor:
+        return (self.sums / self.count).float()
