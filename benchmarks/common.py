@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,10 @@ from datamodules.in_memory import InMemoryDataModule
 from errors import OneLineParser, one_line
 from lightning_modules import Stage, TripletEncoder
 from main import main as command
+from run_folder import write
 
 ROOT = Path(__file__).parent.parent
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 Rows = list[dict[str, Any]]
 
 
@@ -41,30 +46,37 @@ def arguments(name: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--dry-run", action="store_true", help="each part once, at its smallest, on made-up images")
     if name.startswith("benchmarks."):
-        parser.add_argument("--repetitions", type=int, help="of every side, in turn (default: %(default)s)", default=5)
+        parser.add_argument("--repetitions", type=int, default=5, help="of each side (default: %(default)s)")
     return parser
 
 
 def run(name: str) -> None:
-    """`python -m <name>`: prints the rows of that module as a table, and writes them as JSON where a file is given."""
-    sys.exit(one_line(f"python -m {name}", lambda: _run(name, import_module(name))))
+    """`python -m <name>`, with one line on stderr where its input is bad."""
+    sys.exit(one_line(f"python -m {name}", lambda: measured(name, sys.argv[1:])))
 
 
-def _run(name: str, module) -> None:
+def measured(name: str, given: list[str]) -> Rows:
+    """The rows of a module with options as on its command line: prints them as a table, and writes them as JSON."""
+    module = import_module(name)
     parser = arguments(name, module.__doc__)
-    getattr(module, "add_options", lambda parser: None)(parser)
+    if hasattr(module, "add_options"):
+        module.add_options(parser)
     with tempfile.TemporaryDirectory() as folder:
-        if "--dry-run" in sys.argv:
+        if "--dry-run" in given:
             made_up_images(Path(folder))
             small = {"data_dir": folder, "out": Path(folder) / "out", "repetitions": 1}
             parser.set_defaults(**small | getattr(module, "DRY_RUN", {}))
-        options = parser.parse_args()
+        options = parser.parse_args(given)
         rows = module.rows(options)
-    print(f"\n{machine()}\n\n{table(rows)}\n", flush=True)
+    print(f"\n{name}: {machine()}\n\n{table(rows)}\n", flush=True)
+    save(options, {name: rows})
+    return rows
+
+
+def save(options: argparse.Namespace, found: dict[str, Rows]) -> None:
+    """Writes what --json asks for."""
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": machine(), "rows": rows}, indent=1, ensure_ascii=False)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        write(options.json, json.dumps({**found, "machine": machine()}, indent=1, ensure_ascii=False) + "\n")
 
 
 def made_up_images(folder: Path) -> None:
@@ -93,11 +105,10 @@ def summary(found: dict[str, list[float]], unit: str, beside: dict[str, str]) ->
     """A row for each side: its median, and its median ratio to the side that `beside` names for it."""
     rows = []
     for name, values in found.items():
-        peer = beside.get(name)
-        ratio = median_ratio(values, found[peer]) if peer else None
-        rows.append(
-            {"name": name, "value": statistics.median(values), "unit": unit, "compared with": peer, "ratio": ratio}
-        )
+        row = {"name": name, "value": statistics.median(values), "unit": unit}
+        if peer := beside.get(name):
+            row |= {"compared with": peer, "ratio": median_ratio(values, found[peer])}
+        rows.append(row)
     return rows
 
 
@@ -120,13 +131,13 @@ def fresh(function: Callable, *args) -> Any:
 
 def machine() -> str:
     """Processor, cores and versions, in a line."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        models = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        name = models[0] if models else name
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{name}, {cores}, {device}, Python {platform.python_version()}, torch {torch.__version__}"
+    parts = [*(models or [platform.processor()])[:1], f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    packages = ["torch", "scikit-learn", *(["pytorch-metric-learning"] if find_spec("pytorch_metric_learning") else [])]
+    versions = [f"{name} {version(name)}" for name in packages]
+    return ", ".join([*parts, device, f"Python {platform.python_version()}", *versions])
 
 
 def table(rows: Rows) -> str:
@@ -141,9 +152,7 @@ def _cell(value: Any) -> str:
         return "–"
     if not isinstance(value, float):
         return str(value)
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 0.1 or abs(value) >= 10 else f"{value:.4f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def config_arguments(options: argparse.Namespace, name: str) -> list[str]:
@@ -155,10 +164,16 @@ def config_arguments(options: argparse.Namespace, name: str) -> list[str]:
     return given
 
 
-def fit(options: argparse.Namespace, config: str, runs: str | Path, *more: str):
-    """`main.py fit` of a shipped config with `more` options, in this process; returns its CLI."""
-    shortest = ["--trainer.max_epochs=2", "--pictures=false"] if options.dry_run else []
-    return command(["fit", *config_arguments(options, config), f"--trainer.logger.save_dir={runs}", *shortest, *more])
+def fit(options: argparse.Namespace, config: str, runs: str | Path, *more: str, verb: str = "fit"):
+    """`main.py fit` (or test) of a shipped config with `more` options, in this process; returns its CLI."""
+    given = [*config_arguments(options, config), f"--trainer.logger.save_dir={runs}", "--trainer.devices=1"]
+    return command([verb, *given, *(["--trainer.max_epochs=2", "--pictures=false"] if options.dry_run else []), *more])
+
+
+def fit_with(kind: type[Callback], options: argparse.Namespace, config: str, runs: str | Path, *more: str):
+    """The same fit with a callback more; returns its CLI and that callback."""
+    cli = fit(options, config, runs, f"--trainer.callbacks+={kind.__module__}.{kind.__name__}", *more)
+    return cli, next(c for c in cli.trainer.callbacks if isinstance(c, kind))
 
 
 def shipped(options: argparse.Namespace, config: str, *more: str) -> Namespace:
@@ -192,6 +207,14 @@ def random_batch(size: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
     return images, torch.arange(size, device=device) % 10
 
 
+def clusters(size: int, width: int, apart: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeddings (size, width) of ten classes around centres at `apart` × N(0, 1), the same for every seed; labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (size,), generator=generator)
+    centres = torch.randn(10, width, generator=torch.Generator().manual_seed(0))
+    return apart * centres[labels] + torch.randn(size, width, generator=generator), labels
+
+
 class Clock(Callback):
     """Notes when each training batch is done; writes the images/s of the whole fit into `file` where one is given."""
 
@@ -211,8 +234,3 @@ class Clock(Callback):
     def rate(self, batch: int) -> float:
         """Images/s over the steps behind the warm-up."""
         return batch * (len(self.times) - self.WARMUP - 1) / (self.times[-1] - self.times[self.WARMUP])
-
-
-def callback(cli, kind: type[Callback]) -> Callback:
-    """The callback of that class of a fit."""
-    return next(c for c in cli.trainer.callbacks if isinstance(c, kind))

@@ -5,14 +5,14 @@
     python -m benchmarks.gpu --dry-run                                # every part, tiny, also without a GPU
 
 1. Recipes: training seconds of `main.py fit`, scaled to all steps from those after the first 20, in which kernels are
-   chosen and compiled, and the test accuracy of the linear probe on the encoder; means over seeds. With --airbench: the
-   seconds and the accuracy (with its test-time augmentation) that train94, train95 and train96 print after their warm-up.
-2. Rates: images/s of the middle recipe as it is and with one thing changed, medians of repetitions in turn, each beside
-   the recipe as it is; beside a bare loop of the same compiled network, loss and optimiser on a batch in place; and
-   the share of the FLOP/s that this GPU reaches in a large bfloat16 matrix product.
+   chosen and compiled, and the test accuracy of the linear probe on the encoder; means over seeds. With --airbench:
+   those of its train94, train95 and train96 after their warm-up, the accuracy with its test-time augmentation.
+2. Rates: images/s of the middle recipe as it is, with one thing changed, and of a bare loop of the same compiled
+   network, loss and optimiser on a batch in place.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -23,25 +23,12 @@ from unittest.mock import patch
 
 import torch
 from pytorch_lightning import Callback
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import (
-    Rows,
-    bare_step,
-    callback,
-    config_arguments,
-    fit,
-    in_turn,
-    random_batch,
-    run,
-    shipped,
-    summary,
-)
+from benchmarks.common import Rows, bare_step, fit, fit_with, in_turn, random_batch, run, shipped, summary
 from datamodules import in_memory
 from datamodules.arrays import read_npz
 from datamodules.cifar10 import CIFAR10DataModule
 from errors import InputError, require
-from main import main as command
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = ["--data.batch_size=512", "--model.lr=0.49", "--model.compile_mode=reduce-overhead"]
@@ -58,16 +45,9 @@ VARIANTS = {  # what differs from the recipe
     "compiled without CUDA graphs": ["--model.compile_mode=default"],
     "images in main memory": [],
 }
+QUIET = ["--quiet", "--pictures=false"]
 DRY_RUN = {"steps": 24, "seeds": 1}
 SMALL = ["--model.encoder.widths=[8,8,8]", "--data.batch_size=16", "--model.compile_mode=default"]
-AIRBENCH = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import airbench
-getattr(airbench, "warmup" + sys.argv[2])()
-for _ in range(int(sys.argv[3])):
-    getattr(airbench, "train" + sys.argv[2])(run=None)
-"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -83,17 +63,17 @@ class Clock(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.WARMUP:
-            synchronize()
-            self.start = time.perf_counter()
+            self.start = now()
         if trainer.global_step == pl_module.total_steps:
-            synchronize()
-            self.seconds, self.steps = time.perf_counter() - self.start, trainer.global_step - self.WARMUP
+            self.seconds, self.steps = now() - self.start, trainer.global_step - self.WARMUP
             self.rate = self.steps * len(batch[1]) / self.seconds
 
 
-def synchronize() -> None:
+def now() -> float:
+    """Seconds, when the GPU has done its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def recipe(options: argparse.Namespace, name: str) -> tuple[str, list[str]]:
@@ -104,21 +84,18 @@ def recipe(options: argparse.Namespace, name: str) -> tuple[str, list[str]]:
 def timed_fit(options: argparse.Namespace, name: str, runs: str, *more: str) -> Clock:
     """A fit without validations."""
     config, given = recipe(options, name)
-    alone = ["--quiet", "--pictures=false", "--trainer.devices=1", "--trainer.check_val_every_n_epoch=1000"]
-    added = "--trainer.callbacks+=benchmarks.gpu.Clock"
-    return callback(fit(options, config, runs, *given, *alone, added, *more), Clock)
+    given = [*given, *QUIET, "--trainer.check_val_every_n_epoch=1000", *more]
+    return fit_with(Clock, options, config, runs, *given)[1]
 
 
 def to_accuracy(options: argparse.Namespace, name: str, seed: int) -> tuple[float, float]:
     """Training seconds of all steps, and the probe's test accuracy."""
     with tempfile.TemporaryDirectory() as runs:
         clock = timed_fit(options, name, runs, f"--seed_everything={seed}")
-        alone = ["--quiet", "--pictures=false", "--trainer.devices=1"]
-        fit(options, "linear_probe", runs, *alone)
-        save = f"--trainer.logger.save_dir={runs}"
-        tested = command(["test", *config_arguments(options, "linear_probe"), save, *alone, "--ckpt_path=best"])
+        fit(options, "linear_probe", runs, *QUIET)
+        tested = fit(options, "linear_probe", runs, *QUIET, "--ckpt_path=best", verb="test").trainer
     seconds = clock.seconds * (clock.steps + Clock.WARMUP) / clock.steps
-    return seconds, float(tested.trainer.callback_metrics["test/accuracy"])
+    return seconds, float(tested.callback_metrics["test/accuracy"])
 
 
 def airbench(options: argparse.Namespace, name: str) -> list[tuple[float, float]]:
@@ -129,8 +106,10 @@ def airbench(options: argparse.Namespace, name: str) -> list[tuple[float, float]
             data = read_npz(Path(options.data_dir) / f"cifar10_{split}.npz", 10)
             content = {"images": data.images, "labels": data.labels, "classes": list(CIFAR10DataModule.CLASSES)}
             torch.save(content, Path(folder) / "cifar10" / f"{split}.pt")
-        given = [sys.executable, "-c", AIRBENCH, str(options.airbench.resolve()), name, str(options.seeds)]
-        printed = subprocess.check_output(given, cwd=folder, text=True)
+        calls = f"warmup{name}(); [airbench.train{name}(run=None) for _ in range({options.seeds})]"
+        given = [sys.executable, "-c", f"import airbench; airbench.{calls}"]
+        environment = {**os.environ, "PYTHONPATH": str(options.airbench.resolve())}
+        printed = subprocess.check_output(given, cwd=folder, env=environment, text=True)
     cells = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if " eval " in line]
     return [(float(row[-2]), float(row[-3])) for row in cells]
 
@@ -143,46 +122,17 @@ def rate(options: argparse.Namespace, variant: str) -> float:
         return timed_fit(options, "95", runs, *short).rate
 
 
-def network(options: argparse.Namespace):
-    """The middle recipe's module, and a batch with labels, on the device."""
+def bare(options: argparse.Namespace) -> float:
+    """Images/s of the middle recipe's network."""
     config, given = recipe(options, "95")
     torch.manual_seed(0)
     made = shipped(options, config, *given, "--model.schedule=constant", "--model.lr=0.01")
-    return made.model.to(DEVICE), *random_batch(made.data.batch_size, DEVICE)
-
-
-def bare(options: argparse.Namespace) -> float:
-    """Images/s."""
-    model, images, labels = network(options)
-    step = bare_step(model, images, labels, bf16=True)
+    step = bare_step(made.model.to(DEVICE), *random_batch(made.data.batch_size, DEVICE), bf16=True)
     for i in range(options.steps):
         if i == Clock.WARMUP:
-            synchronize()
-            start = time.perf_counter()
+            start = now()
         step()
-    synchronize()
-    return len(images) * (options.steps - Clock.WARMUP) / (time.perf_counter() - start)
-
-
-def flops_per_image(options: argparse.Namespace) -> float:
-    """Of a training step, forward and backward, as torch counts them (a multiplication and an addition are two)."""
-    model, images, labels = network(options)
-    model.encoder.run_as()  # not compiled
-    with FlopCounterMode(display=False) as counter:
-        model.loss_function(model(images), labels, None).backward()
-    return counter.get_total_flops() / len(images)
-
-
-def matmul_flops(size: int, repetitions: int = 30) -> float:
-    """FLOP/s of a bfloat16 matrix product."""
-    x = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16)
-    for repetition in range(repetitions):
-        if repetition == repetitions // 3:
-            synchronize()
-            start = time.perf_counter()
-        x @ x
-    synchronize()
-    return 2 * size**3 * (repetitions - repetitions // 3) / (time.perf_counter() - start)
+    return made.data.batch_size * (options.steps - Clock.WARMUP) / (now() - start)
 
 
 def accuracies(options: argparse.Namespace) -> Rows:
@@ -201,14 +151,12 @@ def rows(options: argparse.Namespace) -> Rows:
     if not (options.dry_run or torch.cuda.is_available()):
         raise InputError("no CUDA GPU here; --dry-run rehearses everything without one")
     if options.airbench:
-        there = (options.airbench / "airbench" / "__init__.py").is_file()
-        require(there, "--airbench", options.airbench, "a checkout of cifar10-airbench, with airbench/__init__.py")
+        package = options.airbench / "airbench" / "__init__.py"
+        require(package.is_file(), "--airbench", options.airbench, "a checkout of cifar10-airbench, with that package")
     found = accuracies(options)
     sides = {variant: (lambda variant=variant: rate(options, variant)) for variant in VARIANTS}
     sides["bare loop"] = lambda: bare(options)
-    rates = summary(in_turn(sides, options.repetitions), "images/s", dict.fromkeys(sides, "as it is"))
-    share = flops_per_image(options) / matmul_flops(256 if options.dry_run else 8192)
-    return found + [{**row, "of the matmul's FLOP/s": row["value"] * share} for row in rates]
+    return found + summary(in_turn(sides, options.repetitions), "images/s", dict.fromkeys(sides, "as it is"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What looking costs: the share of the default encoder's fit that its monitors and figures take, and their event file.
 
-    python -m benchmarks.inspection                        # a whole fit of configs/triplet_encoder.yaml
-    python -m benchmarks.inspection --epochs 2
+    python -m benchmarks.inspection
 
-Lightning's SimpleProfiler times every call of every callback; the seconds of one fit, not compared with another's.
+Lightning's SimpleProfiler times every call of every callback in a whole fit of configs/triplet_encoder.yaml. The shares
+are of the seconds of that one fit, not compared with another's.
 """
 
 import argparse
@@ -17,14 +17,9 @@ from run_folder import Run
 LOOKING = ("Curves", "TrainingMonitor", "TSNE", "MiningMonitor", "RetrievalMonitor", "PredictionWriter", "Progress")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, help="of the fit (default: the config's)")
-
-
 def rows(options: argparse.Namespace) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
-        more = [f"--trainer.max_epochs={options.epochs}"] if options.epochs else []
-        trainer = fit(options, "triplet_encoder", folder, "--trainer.profiler=SimpleProfiler", *more).trainer
+        trainer = fit(options, "triplet_encoder", folder, "--trainer.profiler=SimpleProfiler").trainer
         run_folder = Path(trainer.log_dir)
         whole = Run(run_folder).finished["seconds"]
         events = sum(file.stat().st_size for file in run_folder.glob("events*")) / 2**20

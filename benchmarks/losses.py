@@ -1,7 +1,6 @@
 """Time and memory of losses and miners, forward and backward, beside pytorch-metric-learning's on the same embeddings.
 
     pip install -e '.[benchmarks]' && python -m benchmarks.losses              # B = 256 … 8192
-    python -m benchmarks.losses --sizes 512 2048 --repetitions 3
 
 Batches of ten classes, 128 dimensions; value and gradient of both sides must agree. The peer's column ends where its
 index lists do not fit into four fifths of the free memory. Peak memory is what a call adds (Linux).
@@ -13,17 +12,18 @@ import gc
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from pytorch_metric_learning import losses as peers
 from pytorch_metric_learning import miners
 
-from benchmarks.common import Rows, exponent, in_turn, median_ratio, run
+from benchmarks.common import Rows, clusters, exponent, in_turn, median_ratio, run
 from lightning_modules import losses
 from lightning_modules.losses.distances import EuclideanDistance
 
-MARGIN, CLASSES, WIDTH = 0.2, 10, 128
+MARGIN = 0.2
 SPHERE = EuclideanDistance(normalize=True)
 DRY_RUN = {"sizes": [64]}
 
@@ -36,10 +36,7 @@ def pairs() -> dict:
     """name → (ours, the peer's or None), each called as loss(z, labels)."""
     margin, soft = peers.TripletMarginLoss(MARGIN), peers.TripletMarginLoss(0, smooth_loss=True)
     semihard, hard = miners.TripletMarginMiner(MARGIN, type_of_triplets="semihard"), miners.BatchHardMiner()
-
-    def ours(triplets: str) -> losses.TripletMarginLoss:
-        return losses.TripletMarginLoss(triplets, MARGIN, SPHERE)
-
+    ours = partial(losses.TripletMarginLoss, margin=MARGIN, distance=SPHERE)
     return {
         "triplet margin, all": (ours("all"), margin),
         "triplet margin, semihard": (ours("semihard"), lambda z, y: margin(z, y, semihard(z, y))),
@@ -52,13 +49,6 @@ def pairs() -> dict:
         "LMNN": (losses.LMNNLoss(), None),
         "prototypical": (losses.PrototypicalLoss(), None),
     }
-
-
-def embeddings(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(CLASSES, (size,), generator=generator)
-    centres = torch.randn(CLASSES, WIDTH, generator=generator)
-    return centres[labels] * 0.5 + torch.randn(size, WIDTH, generator=generator), labels
 
 
 def step(loss, z: torch.Tensor, labels: torch.Tensor) -> tuple[float, torch.Tensor, float]:
@@ -96,7 +86,7 @@ def limit_memory() -> None:
 
 def compare(name: str, ours, theirs, size: int, repetitions: int) -> dict:
     """The row of a loss at a batch size."""
-    z, labels = embeddings(size)
+    z, labels = clusters(size, 128, apart=0.5)
     (value, gradient, _), added = with_peak(lambda: step(ours, z, labels))
     row = {"name": name, "B": size, "value": None, "unit": "ms", "theirs": None, "ratio": None, "added, MiB": added}
     sides = {"ours": lambda: step(ours, z, labels)[2]}
@@ -117,7 +107,7 @@ def compare(name: str, ours, theirs, size: int, repetitions: int) -> dict:
 
 def rows(options: argparse.Namespace) -> Rows:
     limit_memory()
-    step(losses.SupConLoss(), *embeddings(512))  # threads and buffers are made
+    step(losses.SupConLoss(), *clusters(512, 128, apart=0.5))  # threads and buffers are made
     found = []
     for name, (ours, theirs) in pairs().items():
         of_loss = []

@@ -11,14 +11,12 @@ validation loss that both reach.
 import argparse
 import tempfile
 import time
-import warnings
 
 from pytorch_lightning import Callback
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from benchmarks.common import Rows, callback, fit, in_turn, run, seconds, summary
+from benchmarks.common import Rows, fit_with, in_turn, run, seconds, summary
 
 DRY_RUN = {"iterations": [10], "epochs": 1}
 
@@ -37,23 +35,21 @@ class Losses(Callback):
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.curve.append((time.perf_counter() - self.start, float(trainer.callback_metrics["val/loss"])))
+        self.lowest = min(loss for _, loss in self.curve)
 
 
 def fitted(options: argparse.Namespace):
-    """Our fit's CLI, and its curve."""
-    more = [f"--trainer.max_epochs={options.epochs}", "--trainer.callbacks+=benchmarks.regression.Losses"]
+    """Our fit's CLI, and its Losses."""
     with tempfile.TemporaryDirectory() as folder:
-        cli = fit(options, "softmax_regression", folder, *more)
-    return cli, callback(cli, Losses).curve
+        return fit_with(Losses, options, "softmax_regression", folder, f"--trainer.max_epochs={options.epochs}")
 
 
 def scikit_learn(pixels: dict, iterations: int) -> LogisticRegression:
-    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-        return LogisticRegression(max_iter=iterations).fit(*pixels["train"])
+    return LogisticRegression(max_iter=iterations).fit(*pixels["train"])
 
 
 def rows(options: argparse.Namespace) -> Rows:
-    cli, curve = fitted(options)
+    cli, ours = fitted(options)
     pixels = {}
     for name in ("train", "val"):
         images, labels = cli.datamodule.split(name)
@@ -61,14 +57,14 @@ def rows(options: argparse.Namespace) -> Rows:
     (x, y), losses = pixels["val"], {}
     for n in options.iterations:
         losses[n] = float(log_loss(y, scikit_learn(pixels, n).predict_proba(x)))
-    target = max(min(losses.values()), min(loss for _, loss in curve))
+    target = max(min(losses.values()), ours.lowest)
     iterations = min(n for n, loss in losses.items() if loss <= target)
     peer = f"scikit-learn L-BFGS, {iterations} iterations"
     sides = {
-        "ours": lambda: next(reached for reached, loss in fitted(options)[1] if loss <= target),
+        "ours": lambda: next(reached for reached, loss in fitted(options)[1].curve if loss <= target),
         peer: lambda: seconds(lambda: scikit_learn(pixels, iterations)),
     }
-    lowest = {"ours": min(loss for _, loss in curve), peer: min(losses.values())}
+    lowest = {"ours": ours.lowest, peer: min(losses.values())}
     found = summary(in_turn(sides, options.repetitions), "s", dict.fromkeys(sides, "ours"))
     return [{**row, "lowest val/loss": lowest[row["name"]]} for row in found]
 

@@ -5,18 +5,15 @@
 Images/s of `main.py fit` with configs/triplet_encoder.yaml and all its callbacks, over the steps of an epoch after the
 warm-up, beside
 - the bare limit: forward, loss, backward and optimiser step of a copy of the network on one batch in place. Both take
-  turns of ten steps within a process, since on a shared machine processes a minute apart differ by more than what is
-  measured;
+  turns of ten steps, since on a shared machine processes a minute apart differ by more than what is measured;
 - the usual way around the same network, batch 512: torchvision transforms in a DataLoader with two workers,
-  pytorch-metric-learning's semi-hard miner and triplet loss, in a plain LightningModule. Ours then mines semi-hard
-  triplets in batches of 512 too.
+  pytorch-metric-learning's semi-hard miner and triplet loss, in a plain LightningModule. Ours then mines those too.
 The last rows are bare steps with freed memory kept, as main.py does, and returned to the kernel, as glibc does.
 All sides have the same images, precision and options of the config; fresh processes, in turn.
 """
 
 import argparse
 import copy
-import statistics
 import sys
 import tempfile
 import time
@@ -24,24 +21,12 @@ from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_metric_learning import losses, miners
 from torchvision import transforms
 
-from benchmarks.common import (
-    Clock,
-    Rows,
-    bare_step,
-    callback,
-    fit,
-    fresh,
-    in_turn,
-    random_batch,
-    run,
-    seconds,
-    shipped,
-    summary,
-)
+from benchmarks.common import Clock, Rows, bare_step, fit_with, fresh, in_turn, random_batch, run, shipped, summary
 from cli import bf16_is_native
-from datamodules.arrays import ImageSet, read_npz
+from datamodules.arrays import read_npz
 from main import keep_freed_memory
 
 MARGIN = 0.2
@@ -90,30 +75,25 @@ class BesideBareLimit(Callback):
 def ours(options: argparse.Namespace, name: str, *more: str) -> dict[str, float]:
     """Images/s of the fit, and of its bare limit."""
     with tempfile.TemporaryDirectory() as folder:
-        added = [f"--trainer.max_steps={options.steps}", "--trainer.callbacks+=benchmarks.training.BesideBareLimit"]
-        cli = fit(options, "triplet_encoder", folder, *more, *added)
-    found = callback(cli, BesideBareLimit)
+        steps = f"--trainer.max_steps={options.steps}"
+        cli, found = fit_with(BesideBareLimit, options, "triplet_encoder", folder, steps, *more)
     images = (options.steps // found.BLOCK - 1) * found.BLOCK * cli.datamodule.batch_size
     return {name: images / found.fit, f"bare limit, {name}": images / found.bare}
 
 
-class Images(torch.utils.data.Dataset):
-    def __init__(self, data: ImageSet) -> None:
-        self.images, self.labels = data.images.numpy(), data.labels.tolist()
-        steps = [transforms.ToPILImage(), transforms.RandomCrop(32, 2, padding_mode="reflect")]
-        self.transform = transforms.Compose([*steps, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+class Images(torch.utils.data.TensorDataset):
+    """Images and labels as torchvision's data sets deliver them."""
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    crop_and_flip = [transforms.RandomCrop(32, 2, padding_mode="reflect"), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose([transforms.ToPILImage(), *crop_and_flip, transforms.ToTensor()])
 
     def __getitem__(self, i: int):
-        return self.transform(self.images[i]), self.labels[i]
+        image, label = super().__getitem__(i)
+        return self.transform(image.numpy()), label
 
 
 class Usual(LightningModule):
     def __init__(self, model: LightningModule) -> None:
-        from pytorch_metric_learning import losses, miners
-
         super().__init__()
         self.model, self.loss = model, losses.TripletMarginLoss(MARGIN)
         self.miner = miners.TripletMarginMiner(MARGIN, type_of_triplets="semihard")
@@ -133,7 +113,7 @@ def usual(options: argparse.Namespace) -> dict[str, float]:
     data, clock = read_npz(Path(options.data_dir) / "cifar10_train.npz", 10), Clock()
     module = Usual(shipped(options, "triplet_encoder", CONSTANT, *semihard(options)).model)
     module.model.encoder.initialize(data.images)
-    loader = torch.utils.data.DataLoader(Images(data), options.batch, shuffle=True, drop_last=True, num_workers=2)
+    loader = torch.utils.data.DataLoader(Images(*data), options.batch, shuffle=True, drop_last=True, num_workers=2)
     quiet = {"logger": False, "enable_checkpointing": False, "max_steps": options.steps, "callbacks": [clock]}
     precision = "bf16-mixed" if bf16_is_native() else "32-true"
     Trainer(accelerator="cpu", precision=precision, **quiet).fit(module, loader)
@@ -150,10 +130,12 @@ def bare(options: argparse.Namespace, memory: str) -> dict[str, float]:
     step = bare_step(made.model, *random_batch(made.data.batch_size), bf16_is_native())
     for _ in range(5):
         step()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    median = statistics.median(seconds(step) for _ in range(options.steps))
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(options.steps):
+        step()
+    rate = options.steps * made.data.batch_size / (time.perf_counter() - start)
     faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / options.steps
-    return {f"bare steps, freed memory {memory}": made.data.batch_size / median, f"freed memory {memory}": faults}
+    return {f"bare steps, freed memory {memory}": rate, f"freed memory {memory}": faults}
 
 
 def rows(options: argparse.Namespace) -> Rows:

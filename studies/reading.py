@@ -1,59 +1,32 @@
-"""Where the features are read: a linear classifier on each place of a trained default encoder that a probe could read.
+"""Where the features are read: our linear probe on each place of a trained default encoder that a probe could read.
 
     python -m studies.reading --encoder RUN [RUN ...]
 
-Softmax regression with the options of configs/linear_probe.yaml on standardised values of the training images as they
-are. Its accuracy is that on validation images after the last epoch. There each image's values are the mean over the
-views that a probe's evaluation takes.
+The probe is that of configs/linear_probe.yaml, on the training images as they are. Its accuracy is that on validation
+images after the last epoch. There each image's values are the mean over the views that a probe's evaluation takes.
 """
 
 import argparse
 import statistics
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from pytorch_lightning import Trainer, seed_everything
+from torch import Tensor
 
-from benchmarks.common import Rows, fit, run, shipped
+from benchmarks.common import QUIET, Rows, run, shipped
 from callbacks.frozen_encoder import encoder_from_checkpoint
-from datamodules import CIFAR10DataModule
 from datamodules.arrays import ImageSet
 from datamodules.loader import BatchLoader
-from errors import require
 from lightning_modules.encoders.contract import Encoder, view
 from run_folder import load_checkpoint, resolve_checkpoint
+from studies.common import encoder_run
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--encoder", nargs="+", help="run folders or checkpoints of configs/triplet_encoder.yaml")
-
-
-def rows(options: argparse.Namespace) -> Rows:
-    if options.dry_run and not options.encoder:
-        with tempfile.TemporaryDirectory() as runs:
-            options.encoder = [fit(options, "triplet_encoder", runs, "--quiet").trainer.log_dir]
-            return rows(options)
-    require(bool(options.encoder), "--encoder", options.encoder, "one or more runs of configs/triplet_encoder.yaml")
-    probe = shipped(options, "linear_probe")
-    data = CIFAR10DataModule(options.data_dir, val_size=probe.data.val_size)
-    train, val = data.split("train"), data.split("val")
-    accuracies: dict[str, list[float]] = {}
-    for run_folder in options.encoder:
-        checkpoint_file = resolve_checkpoint(run_folder, Path(run_folder).parent)
-        checkpoint = load_checkpoint(checkpoint_file)
-        encoder, head = encoder_from_checkpoint(checkpoint_file, checkpoint), checkpoint["state_dict"]["head.weight"]
-        x, x_val = read(encoder, head, train, [(False, 0)]), read(encoder, head, val, encoder.views)
-        for place in x:
-            classifier = softmax_regression(x[place], train.labels, probe)
-            right = classifier(x_val[place]).argmax(1) == val.labels
-            accuracies.setdefault(place, []).append(right.float().mean().item())
-    return [
-        {"name": place, "width": x[place].shape[1], "runs": " / ".join(f"{a:.4f}" for a in found)}
-        | {"mean": statistics.fmean(found)}
-        for place, found in accuracies.items()
-    ]
+    runs = "run folders or checkpoints of configs/triplet_encoder.yaml (default: newest in runs/triplet_encoder)"
+    parser.add_argument("--encoder", nargs="+", help=runs)
 
 
 @torch.no_grad()
@@ -61,9 +34,9 @@ def read(encoder: Encoder, head: Tensor, images: ImageSet, views: list[tuple[boo
     """For each place (N, its width) float32, the mean over the views."""
     found: dict[str, list[Tensor]] = {}
     for batch, *_ in BatchLoader(*images, 500):
-        per_view = [places(encoder, head, view(batch, *which)) for which in views]
-        for place in per_view[0]:
-            found.setdefault(place, []).append(torch.stack([x[place] for x in per_view]).mean(0))
+        of_views = [places(encoder, head, view(batch, *which)) for which in views]
+        for place in of_views[0]:
+            found.setdefault(place, []).append(torch.stack([x[place] for x in of_views]).mean(0))
     return {place: torch.cat(x) for place, x in found.items()}
 
 
@@ -83,24 +56,32 @@ def places(encoder: Encoder, head: Tensor, images: Tensor) -> dict[str, Tensor]:
     }
 
 
-def softmax_regression(x: Tensor, labels: Tensor, probe) -> nn.Module:
-    """Fitted with the options of a probe's config, in float32."""
-    options, batch, generator = probe.model.hparams, probe.data.batch_size, torch.Generator().manual_seed(0)
-    standardise, linear = nn.BatchNorm1d(x.shape[1], affine=False, momentum=None), nn.Linear(x.shape[1], 10)
-    standardise(x)  # momentum None: the statistics of all images at once
-    standardise.eval()
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    steps = probe.trainer["max_epochs"] * (len(x) // batch)
-    optimiser = torch.optim.Adam(linear.parameters(), lr=options.lr, weight_decay=options.weight_decay)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, steps)
-    for _ in range(probe.trainer["max_epochs"]):
-        for index in torch.randperm(len(x), generator=generator).split(batch)[: len(x) // batch]:
-            optimiser.zero_grad()
-            F.cross_entropy(linear(standardise(x[index])), labels[index]).backward()
-            optimiser.step()
-            schedule.step()
-    return nn.Sequential(standardise, linear).requires_grad_(False)
+def accuracy(options: argparse.Namespace, encoder: Encoder, train: Tensor, val: Tensor) -> float:
+    """The linear probe's, fitted on values (N, width) of the training images in place of the encoder's features."""
+    seed_everything(0, verbose=False)
+    made = shipped(options, "linear_probe")
+    made.data.cache_features({"train": train, "val": val})
+    encoder.feature_dim = train.shape[1]
+    made.model.adopt(encoder, {})
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=made.trainer["max_epochs"], **QUIET)
+    trainer.fit(made.model, datamodule=made.data)
+    return float(trainer.callback_metrics["val/accuracy"])
+
+
+def of_encoder(options: argparse.Namespace, folder: str) -> dict[str, float]:
+    """The accuracy of each place of a run's encoder."""
+    data, file = shipped(options, "linear_probe").data, resolve_checkpoint(folder, Path(folder).parent)
+    checkpoint = load_checkpoint(file)
+    encoder, head = encoder_from_checkpoint(file, checkpoint), checkpoint["state_dict"]["head.weight"]
+    train, val = (read(encoder, head, data.split(s), v) for s, v in (("train", [(False, 0)]), ("val", encoder.views)))
+    return {place: accuracy(options, encoder, train[place], val[place]) for place in train}
+
+
+def rows(options: argparse.Namespace) -> Rows:
+    runs = [of_encoder(options, folder) for folder in options.encoder or [encoder_run(options)]]
+    found = {place: [accuracies[place] for accuracies in runs] for place in runs[0]}
+    numbered = {place: {f"run {i}": value for i, value in enumerate(values)} for place, values in found.items()}
+    return [{"name": place, **numbered[place], "mean": statistics.fmean(found[place])} for place in found]
 
 
 if __name__ == "__main__":

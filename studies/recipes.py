@@ -4,9 +4,8 @@
     python -m studies.recipes temperature batch --seeds 2
     python -m studies.recipes losses --out studies/losses            # fits that its fits.json has are not done again
 
-Each setting of recipes.yaml is a fit of configs/triplet_encoder.yaml with the options named, then a linear probe. What
-several studies share, as the default, is fitted once. A row has the probe's validation accuracy (its best epoch) for
-each seed, the encoder's mean seconds, and what MiningMonitor warned of.
+Each setting of recipes.yaml is a fit of configs/triplet_encoder.yaml with its options, then a linear probe. A row has
+the probe's best validation accuracy for each seed, the encoder's mean seconds, and what MiningMonitor warned of.
 """
 
 import argparse
@@ -29,10 +28,7 @@ DRY_RUN = {"epochs": 1, "rates": [0.1]}
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("studies", choices=STUDIES, nargs="+")
     parser.add_argument("--epochs", type=int, default=4, help="of each encoder (default: %(default)s)")
-    rates = "learning rates (losses: 0.1 0.5 0.02; else the config's)"
-    parser.add_argument("--rates", type=float, nargs="+", help=rates)
-    more = "more options of every fit, e.g. model.loss=MultiNegativeLoss"
-    parser.add_argument("--also", nargs="+", default=[], help=more)
+    parser.add_argument("--rates", type=float, nargs="+", help="(default: losses 0.1 0.5 0.02, else the config's)")
     parser.add_argument("--seeds", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="(default: %(default)s)")
 
@@ -52,22 +48,25 @@ def fitted(options: argparse.Namespace, given: list[str], seed: int, runs: Path)
     return {"val_accuracy": float(best), "seconds": seconds, "said": said}
 
 
+def compared(fits: Fits, options: argparse.Namespace, given: list[str]) -> dict:
+    """The columns of a setting, after those of its fits that are missing."""
+    key = f"{' '.join(given) or 'default'} | {options.epochs} epochs | seed"
+    seeds = range(options.seeds)
+    done = [fits.get(f"{key} {seed}", lambda runs: fitted(options, given, seed, runs)) for seed in seeds]
+    accuracies = [found["val_accuracy"] for found in done]
+    means = {"mean": statistics.fmean(accuracies), "seconds": statistics.fmean(found["seconds"] for found in done)}
+    warned = " / ".join(said for found in done for said in found["said"]) or None
+    return {f"seed {seed}": accuracy for seed, accuracy in zip(seeds, accuracies)} | means | {"warned": warned}
+
+
 def rows(options: argparse.Namespace) -> Rows:
-    fits, found = Fits(options.out), []
+    fits, found = Fits(options), []
     for study in options.studies:
         for rate in options.rates or ([0.1, 0.5, 0.02] if study == "losses" else [None]):
             for name, changes in STUDIES[study].items():
-                given = [f"--{option}" for option in options.also] + changes.split()
-                given += [] if rate is None else [f"--model.lr={rate}"]
-                key, seeds = f"{' '.join(given) or 'default'} | {options.epochs} epochs", []
-                for seed in range(options.seeds):
-                    done = fits.get(f"{key} | seed {seed}", lambda runs: fitted(options, given, seed, runs))
-                    seeds.append(done)
-                accuracies = {f"seed {seed}": done["val_accuracy"] for seed, done in enumerate(seeds)}
-                row = {"study": study, "name": name, "lr": rate or "as configured", **accuracies}
-                row["mean"] = statistics.fmean(accuracies.values())
-                row["seconds"] = statistics.fmean(done["seconds"] for done in seeds)
-                found.append({**row, "warned": " / ".join(said for done in seeds for said in done["said"]) or None})
+                given = changes.split() + ([] if rate is None else [f"--model.lr={rate}"])
+                row = {"study": study, "name": name, "lr": rate or "as configured"}
+                found.append(row | compared(fits, options, given))
     return found
 
 
