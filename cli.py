@@ -14,6 +14,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from callbacks import (
     TSNE,
@@ -33,7 +34,7 @@ from callbacks import (
 )
 from callbacks.run_files import peak_memory
 from datamodules.in_memory import InMemoryDataModule
-from errors import InputError, first_line, require
+from errors import InputError, causes, first_line, require
 from lightning_modules import Stage, TripletEncoder
 from run_folder import Run, WholeCheckpointIO, resolve_checkpoint
 
@@ -171,9 +172,9 @@ class CLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:  # whatever a constructor raises about its options
-            cause = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
+            *_, cause = found = list(causes(error))
+            if any(isinstance(e, InputError | MisconfigurationException) for e in found):
+                raise
             why = f"{type(cause).__name__}: {first_line(cause)}"
             raise InputError(f"trainer, model or data cannot be made with these options ({why})") from error
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 
@@ -24,6 +24,13 @@ def require(valid: bool, name: str, value: Any, expected: str) -> None:
 def first_line(error: BaseException) -> str:
     """What another library's exception says."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 class OneLineParser(argparse.ArgumentParser):

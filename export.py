@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from callbacks.frozen_encoder import import_encoder_module
 from datamodules.in_memory import InMemoryDataModule
-from errors import InputError, OneLineParser, first_line
+from errors import InputError, OneLineParser, causes, first_line
 from lightning_modules import Stage, TripletEncoder
 from lightning_modules.encoders.contract import weights_sha256
 from run_folder import Run, load_checkpoint, resolve_checkpoint, write
@@ -105,14 +105,10 @@ def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tu
             raise InputError("these are not the images that the run was trained on")
         made.model.restore(checkpoint)
     except Exception as error:  # of whatever kind the content of a file leads to
-        cause = error  # jsonargparse wraps what a constructor raises
-        while cause.__cause__ and not isinstance(cause, InputError):
-            cause = cause.__cause__
-        why = first_line(cause) if isinstance(cause, InputError) else f"{type(cause).__name__}: {first_line(cause)}"
+        *_, root = found = list(causes(error))  # jsonargparse wraps what a constructor raises
+        cause = next((e for e in found if isinstance(e, InputError)), root)
         remedy = "where the run's data has moved, give --data_root"
-        raise InputError(
-            f"{path}: its stage and data cannot be built from the config in it ({why}); {remedy}"
-        ) from error
+        raise InputError(f"{path}: cannot be built from the config in it ({first_line(cause)}); {remedy}") from error
     return made.model, images[:VERIFIED].permute(0, 3, 1, 2).float() / 255
 
 

@@ -19,7 +19,7 @@ import ctypes
 import platform
 import sys
 
-from errors import InputError, one_line
+from errors import InputError, causes, one_line
 
 
 def main(args: list[str] | None = None):
@@ -37,11 +37,8 @@ def main(args: list[str] | None = None):
     try:
         return CLI(args, __doc__)
     except Exception as error:
-        cause, found = error, None
-        while cause is not None:  # the innermost says it best
-            found = cause if isinstance(cause, InputError | MisconfigurationException) else found
-            cause = cause.__cause__
-        if found is None or found is error and isinstance(error, InputError):
+        found = next((e for e in causes(error) if isinstance(e, InputError | MisconfigurationException)), None)
+        if found is None:
             raise
         raise InputError(str(found)) from error
 

@@ -166,7 +166,7 @@ def test_unlabelled_test_images_serve_predict_only(tmp_path, tiny, run, refused)
         (["--model.lr=fast"], ["lr", "expected float", "fast"]),
         (["--trainer.max_epochs=many"], ['"trainer.max_epochs"', "expected int", "many"]),
         (["--trainer.callbacks+=TSNE", "--trainer.callbacks.sample=9"], ["callbacks", "'sample' is not accepted"]),
-        (["--tsne.samples=9"], ["TSNE samples 9", "at least 10"]),
+        (["--tsne.samples=9"], ["tsne.samples 9", "at least 10"]),
         (["--trainer.callbacks+=MiningMonito"], ["MiningMonito"]),
         (["--model.learning_rate=1"], ["learning_rate"]),
         (["--trainer.epochs=3"], ["epochs"]),

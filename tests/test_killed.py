@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, whole):
 
 def test_a_file_where_the_run_folder_should_be(tmp_path, refused):
     (tmp_path / "runs").write_text("")
-    refused("fit", "softmax_regression", words=[str(tmp_path / "runs"), "not a folder"])
+    refused("fit", "softmax_regression", words=[str(tmp_path / "runs"), "cannot be made"])
 
 
 def test_a_truncated_last_checkpoint_is_named_and_the_one_before_it_used(tmp_path, run):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from callbacks.checkpoints import load_checkpoint
+
+from run_folder import load_checkpoint
 
 GRID = ["--model=LinearProbeGrid", "--model.lr_factors=[0.1,3]", "--model.weight_decay_factors=[0,100]"]
 SETTINGS = [(0.001, 0.0), (0.001, 0.01), (0.03, 0.0), (0.03, 0.01)]
@@ -49,9 +50,7 @@ def test_test_and_predict_follow_the_choice(encoder_run, run):
     images, labels = cli.datamodule.split("test")
     model = cli.model.eval()
     with torch.no_grad():
-        features = (
-            model.encoder.embed(images.permute(0, 3, 1, 2).float() / 255) - model.feature_mean
-        ) / model.feature_std
+        features = model.standardize(model.encoder.embed(images.permute(0, 3, 1, 2).float() / 255))
         logits = features @ model.head.weights[chosen].T + model.head.biases[chosen]
     assert float(found["test/accuracy"]) == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     run("predict", "linear_probe", *GRID, "--ckpt_path=best")
@@ -66,6 +65,5 @@ def test_what_a_grid_cannot_do_is_refused_in_one_line(encoder_run, run, refused)
         "--model.weight_decay_factors=[]": ["weight_decay_factors"],
         "--model.l2_lambda=0.1": ["l2_lambda"],
         "--trainer.gradient_clip_val=1": ["gradient_clip_val"],
-        "--frozen_encoder.unfreeze_at_epoch=0": ["LinearProbe"],
     }.items():
         refused("fit", "linear_probe", *GRID, option, words=words)
