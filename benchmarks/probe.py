@@ -35,7 +35,7 @@ class Probes:
 
     def __init__(self, arguments: argparse.Namespace, runs: str, *options: str) -> None:
         self.arguments, self.runs, self.options = arguments, runs, ["--quiet", *options]
-        alone = ["--model.mirror=false", "--model.shift=0"]  # features of each image alone
+        alone = ["--model.mirror=false", "--model.shift=0"]  # no views, which other programs do not have
         fit(arguments, "triplet_encoder", runs, *self.options, "--trainer.max_epochs=1", *(alone if options else []))
 
     def fit(self, *more: str):

@@ -87,7 +87,7 @@ def rows(options: argparse.Namespace) -> Rows:
         found += [{"name": f"{name}, {n:,} images", "value": s, "unit": "s", "∝ N^": slope} for n, s in costs.items()]
     sides = {f"{n} processes": (lambda n=n: on_processes(options, n)) for n in options.processes}
     rates = in_turn(sides, options.repetitions)
-    return found + summary(rates, "images/s of each", dict.fromkeys(sides, next(iter(sides))))
+    return found + summary(rates, "images/s of each", dict.fromkeys(sides, f"{options.processes[0]} processes"))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m benchmarks.startup
 import argparse
 import subprocess
 import sys
+from functools import partial
 
 from benchmarks.common import ROOT, Rows, in_turn, run, seconds, summary
 
@@ -22,9 +23,8 @@ def rows(options: argparse.Namespace) -> Rows:
     def measure(command: list[str]) -> float:
         return seconds(lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True))
 
-    sides = {name: (lambda command=command: measure(command)) for name, command in commands.items()}
-    found = in_turn(sides, options.repetitions)
-    return summary(found, "s", dict.fromkeys(sides, "import pytorch_lightning"))
+    found = in_turn({name: partial(measure, command) for name, command in commands.items()}, options.repetitions)
+    return summary(found, "s", dict.fromkeys(found, "import pytorch_lightning"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 Images/s of `main.py fit` with configs/triplet_encoder.yaml and all its callbacks, over the steps of an epoch after the
 warm-up, beside
 - the bare limit: forward, loss, backward and optimiser step of a copy of the network on one batch in place. Both take
-  turns of ten steps, since on a shared machine processes a minute apart differ by more than what is measured;
+  turns of ten steps, since processes a minute apart differ by more than that on a shared machine;
 - the usual way around the same network, batch 512: torchvision transforms in a DataLoader with two workers,
   pytorch-metric-learning's semi-hard miner and triplet loss, in a plain LightningModule. Ours then mines those too.
 The last rows are bare steps with freed memory kept, as main.py does, and returned to the kernel, as glibc does.
@@ -75,8 +75,8 @@ class BesideBareLimit(Callback):
 def ours(options: argparse.Namespace, name: str, *more: str) -> dict[str, float]:
     """Images/s of the fit, and of its bare limit."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = f"--trainer.max_steps={options.steps}"
-        cli, found = fit_with(BesideBareLimit, options, "triplet_encoder", folder, steps, *more)
+        given = ["--trainer.accelerator=cpu", f"--trainer.max_steps={options.steps}", *more]
+        cli, found = fit_with(BesideBareLimit, options, "triplet_encoder", folder, *given)
     images = (options.steps // found.BLOCK - 1) * found.BLOCK * cli.datamodule.batch_size
     return {name: images / found.fit, f"bare limit, {name}": images / found.bare}
 
@@ -139,9 +139,10 @@ def bare(options: argparse.Namespace, memory: str) -> dict[str, float]:
 
 
 def rows(options: argparse.Namespace) -> Rows:
+    default, mined = "default config", f"semi-hard, batch {options.batch}"
     sides = {
-        "default": lambda: fresh(ours, options, "default config"),
-        "semi-hard": lambda: fresh(ours, options, "semi-hard", *semihard(options)),
+        default: lambda: fresh(ours, options, default),
+        mined: lambda: fresh(ours, options, mined, *semihard(options)),
         "usual": lambda: fresh(usual, options),
     }
     if sys.platform == "linux":  # of whose memory it is
@@ -149,8 +150,8 @@ def rows(options: argparse.Namespace) -> Rows:
     found = in_turn(sides, options.repetitions).values()
     rates = {name: [values[name] for values in side] for side in found for name in side[0]}
     faults = {name: rates.pop(name) for name in list(rates) if name.startswith("freed memory")}
-    beside = {name: f"bare limit, {name}" for name in ("default config", "semi-hard")}
-    beside |= {"the usual way": "semi-hard", "bare steps, freed memory kept": "bare steps, freed memory returned"}
+    beside = {name: f"bare limit, {name}" for name in (default, mined)}
+    beside |= {"the usual way": mined, "bare steps, freed memory kept": "bare steps, freed memory returned"}
     return summary(rates, "images/s", beside) + summary(faults, "page faults a step", {})
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from benchmarks.common import Rows, fit, run
+from benchmarks.common import Rows, fit, run, shipped
 from callbacks.curves import read_rows
 from studies.common import Fits, encoder_run
 
@@ -52,11 +52,11 @@ def classifiers(runs: Runs) -> Rows:
 
 
 def encoders(runs: Runs) -> Rows:
-    found = []
+    found, default = [], shipped(runs.options, "triplet_encoder")
     for given in REPORT["encoders"]:
         batch, steps = given["batch"], given["steps"]
-        our_rate = f"--model.lr={0.35 * (batch / 256) ** 0.5:.3f}"  # in proportion to the batch's square root
-        for whose, more in (("report's", REPORT["options"]["encoder"]), ("our", our_rate)):
+        rate = default.model.lr * (batch / default.data.batch_size) ** 0.5
+        for whose, more in (("report's", REPORT["options"]["encoder"]), ("our", f"--model.lr={rate:.3f}")):
             name = f"figure {given['figure']}, {whose} encoder"
             row = runs.row(name, "triplet_encoder", batch, steps, more)
             frozen = f"--frozen_encoder.run={runs.found[name]['run']}"
