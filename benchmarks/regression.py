@@ -2,92 +2,72 @@
 
     python -m benchmarks.regression --data-dir data
 
-Ours is `main.py fit --config configs/softmax_regression.yaml --trainer.max_epochs 4`, timed from its first batch to the first validation (one
-an epoch, in the time) that reaches the target; scikit-learn's is LogisticRegression with the fewest iterations of
---iterations that reach it, timed as one fit on pixels in [0, 1], float32. The target is the lowest validation loss that
-both reach.
+Ours is `main.py fit --config configs/softmax_regression.yaml --trainer.max_epochs 4`, timed from its first batch to the
+first validation (one an epoch, in the time) that reaches the target. scikit-learn's is LogisticRegression with the
+fewest iterations of --iterations that reach it, timed as one fit on pixels in [0, 1], float32. The target is the lowest
+validation loss that both reach.
 """
 
-import statistics
+import argparse
 import tempfile
 import time
-from pathlib import Path
 
 from pytorch_lightning import Callback
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
-from benchmarks.common import arguments, in_turn, machine, median_ratio, show
-from main import main as command
+from benchmarks.common import Rows, fit_with, in_turn, run, seconds, summary
 
-CONFIG = Path(__file__).parent.parent / "configs" / "softmax_regression.yaml"
+DRY_RUN = {"iterations": [10], "epochs": 1}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--iterations", type=int, nargs="+", default=[10, 20, 40, 60, 80, 120])
+    parser.add_argument("--epochs", type=int, default=4, help="of our fit (default: %(default)s)")
 
 
 class Losses(Callback):
     """The seconds since the first batch began, and the validation loss, at every validation."""
 
-    def __init__(self) -> None:
+    def on_train_start(self, *args) -> None:
         self.curve: list[tuple[float, float]] = []
-
-    def on_train_start(self, *_) -> None:
         self.start = time.perf_counter()
 
     def on_validation_end(self, trainer, pl_module) -> None:
         self.curve.append((time.perf_counter() - self.start, float(trainer.callback_metrics["val/loss"])))
+        self.lowest = min(loss for _, loss in self.curve)
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--iterations", type=int, nargs="+", default=[10, 20, 40, 60, 80, 120])
-    parser.add_argument("--epochs", type=int, default=4, help="of our fit (default: %(default)s)")
-    options = parser.parse_args()
+def fitted(options: argparse.Namespace):
+    """Our fit's CLI, and its Losses."""
+    with tempfile.TemporaryDirectory() as folder:
+        return fit_with(Losses, options, "softmax_regression", folder, f"--trainer.max_epochs={options.epochs}")
 
-    def fit():
-        with tempfile.TemporaryDirectory() as folder:
-            given = [
-                f"--data.root={options.data_dir}",
-                f"--trainer.logger.save_dir={folder}",
-                f"--trainer.max_epochs={options.epochs}",
-            ]
-            added = ["--trainer.callbacks+=benchmarks.regression.Losses"]
-            cli = command(["fit", "--config", str(CONFIG), *given, *added])
-        return cli, next(c for c in cli.trainer.callbacks if type(c).__name__ == "Losses").curve
 
-    cli, curve = fit()
+def scikit_learn(pixels: dict, iterations: int) -> LogisticRegression:
+    return LogisticRegression(max_iter=iterations).fit(*pixels["train"])
+
+
+def rows(options: argparse.Namespace) -> Rows:
+    cli, ours = fitted(options)
     pixels = {}
     for name in ("train", "val"):
         images, labels = cli.datamodule.split(name)
         pixels[name] = images.flatten(1).numpy().astype("float32") / 255, labels.numpy()
-
-    def scikit_learn(iterations: int) -> tuple[float, float, float]:
-        start = time.perf_counter()
-        model = LogisticRegression(max_iter=iterations).fit(*pixels["train"])
-        seconds = time.perf_counter() - start
-        x, y = pixels["val"]
-        return seconds, log_loss(y, model.predict_proba(x)), model.score(x, y)
-
-    peers = {n: scikit_learn(n)[1] for n in options.iterations}
-    target = max(min(peers.values()), min(loss for _, loss in curve))
-    iterations = min(n for n, loss in peers.items() if loss <= target)
-    name = f"scikit-learn L-BFGS, {iterations} iterations"
+    (x, y), losses = pixels["val"], {}
+    for n in options.iterations:
+        losses[n] = float(log_loss(y, scikit_learn(pixels, n).predict_proba(x)))
+    target = max(min(losses.values()), ours.lowest)
+    iterations = min(n for n, loss in losses.items() if loss <= target)
+    peer = f"scikit-learn L-BFGS, {iterations} iterations"
     sides = {
-        "ours": lambda: next(seconds for seconds, loss in fit()[1] if loss <= target),
-        name: lambda: scikit_learn(iterations)[0],
+        "ours": lambda: next(reached for reached, loss in fitted(options)[1].curve if loss <= target),
+        peer: lambda: seconds(lambda: scikit_learn(pixels, iterations)),
     }
-    seconds = in_turn(sides, options.repetitions)
-    lowest = {"ours": min(loss for _, loss in curve), name: min(peers.values())}
-    rows = [
-        {
-            "": side,
-            "seconds": statistics.median(times),
-            "÷ ours": median_ratio(times, seconds["ours"]),
-            "lowest val/loss": lowest[side],
-        }
-        for side, times in seconds.items()
-    ]
-    print(machine(), f"to a validation loss of {target:.4f}")
-    show(rows, options.json)
+    lowest = {"ours": ours.lowest, peer: min(losses.values())}
+    found = summary(in_turn(sides, options.repetitions), "s", dict.fromkeys(sides, "ours"))
+    return [{**row, "lowest val/loss": lowest[row["name"]]} for row in found]
 
 
 if __name__ == "__main__":
-    main()
+    run("benchmarks.regression")

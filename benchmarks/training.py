@@ -2,147 +2,106 @@
 
     pip install -e '.[benchmarks]' && python -m benchmarks.training
 
-Images/s of `main.py fit` with configs/triplet_encoder.yaml and all its callbacks, over the steps of an epoch behind the
-warm-up, against
-- the bare limit: the same network's forward, loss, backward and optimiser step on one batch already in place, in the same
-  process, ten steps of each in turn: on a shared machine, processes a minute apart differ by more than what is measured;
+Images/s of `main.py fit` with configs/triplet_encoder.yaml and all its callbacks, over the steps of an epoch after the
+warm-up, beside
+- the bare limit: forward, loss, backward and optimiser step of a copy of the network on one batch in place. Both take
+  turns of ten steps, since processes a minute apart differ by more than that on a shared machine;
 - the usual way around the same network, batch 512: torchvision transforms in a DataLoader with two workers,
-  pytorch-metric-learning's semi-hard miner and triplet loss, in a plain LightningModule (ours then mines semi-hard
-  triplets in batches of 512 too).
-Same images and precision on both sides; fresh processes, in turn.
+  pytorch-metric-learning's semi-hard miner and triplet loss, in a plain LightningModule. Ours then mines those too.
+The last rows are bare steps with freed memory kept, as main.py does, and returned to the kernel, as glibc does.
+All sides have the same images, precision and options of the config; fresh processes, in turn.
 """
 
 import argparse
-import statistics
-import subprocess
+import copy
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_metric_learning import losses, miners
 from torchvision import transforms
 
-from benchmarks.common import arguments, in_turn, machine, median_ratio, show
+from benchmarks.common import Clock, Rows, bare_step, fit_with, fresh, in_turn, random_batch, run, shipped, summary
 from cli import bf16_is_native
-from datamodules.arrays import ImageSet, read_npz
-from lightning_modules import EuclideanDistance, FastEncoder, PrototypicalLoss, TripletEncoder, TripletMarginLoss
-from main import main as command
+from datamodules.arrays import read_npz
+from main import keep_freed_memory
 
-CONFIG = Path(__file__).parent.parent / "configs" / "triplet_encoder.yaml"
 MARGIN = 0.2
-SEMIHARD = [
-    "--data.batch_size=512", "--model.loss=TripletMarginLoss", "--model.loss.triplets=semihard",
-    f"--model.loss.margin={MARGIN}", "--model.loss.distance=EuclideanDistance", "--model.loss.distance.normalize=true",
-]  # fmt: skip
+CONSTANT = "--model.schedule=constant"
+DRY_RUN = {"steps": 30, "batch": 50}
 
 
-class Clock(Callback):
-    """Notes when each training batch is done."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, default=60, help="of every fit (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=512, help="of semi-hard mining (default: %(default)s)")
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
 
-    def on_train_batch_end(self, *_) -> None:
-        self.times.append(time.perf_counter())
-
-    def rate(self, batch: int, warmup: int) -> float:
-        """Images/s over the steps behind the first `warmup`."""
-        return batch * (len(self.times) - warmup - 1) / (self.times[-1] - self.times[warmup])
+def semihard(options: argparse.Namespace) -> list[str]:
+    loss = ["--model.loss=TripletMarginLoss", "--model.loss.triplets=semihard", f"--model.loss.margin={MARGIN}"]
+    distance = ["--model.loss.distance=EuclideanDistance", "--model.loss.distance.normalize=true"]
+    return [f"--data.batch_size={options.batch}", *loss, *distance]
 
 
 class BesideBareLimit(Callback):
-    """Has the fit and its bare limit take turns, `BLOCK` steps each, and sums up the seconds of both behind the warm-up."""
+    """Lets the fit and its bare limit take turns, `BLOCK` steps each, and sums up the seconds of both."""
 
     BLOCK = 10
 
-    def __init__(self) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.trainer = None  # which would be copied too
+        model = copy.deepcopy(pl_module)
+        pl_module.trainer = trainer
+        model.hparams.schedule = "constant"  # the triangular one needs a trainer
+        pixels, labels = (x[: trainer.datamodule.batch_size] for x in trainer.datamodule.split("train"))
+        images = (pixels.permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
+        self._step = bare_step(model, images, labels, trainer.precision == "bf16-mixed")
         self.fit = self.bare = 0.0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = bare_limit(trainer, isinstance(pl_module.triplet_loss, TripletMarginLoss))
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
-        if (batch_idx + 1) % self.BLOCK:
+        if trainer.global_step % self.BLOCK:
             return
         fitted = time.perf_counter()
         for _ in range(self.BLOCK):
             self._step()
         stepped = time.perf_counter()
-        if batch_idx >= self.BLOCK:  # the first block warms up
+        if trainer.global_step > self.BLOCK:  # the first one warms up
             self.fit, self.bare = self.fit + fitted - self._since, self.bare + stepped - fitted
         self._since = stepped
 
 
-def ours(options: argparse.Namespace, *more: str) -> tuple[float, float]:
+def ours(options: argparse.Namespace, name: str, *more: str) -> dict[str, float]:
     """Images/s of the fit, and of its bare limit."""
     with tempfile.TemporaryDirectory() as folder:
-        given = [
-            f"--data.root={options.data_dir}",
-            f"--trainer.logger.save_dir={folder}",
-            f"--trainer.max_steps={options.steps}",
-        ]
-        added = ["--trainer.callbacks+=benchmarks.training.BesideBareLimit"]
-        cli = command(["fit", "--config", str(CONFIG), *given, *more, *added])
-    found = next(c for c in cli.trainer.callbacks if type(c).__name__ == "BesideBareLimit")  # this file is __main__ too
+        given = ["--trainer.accelerator=cpu", f"--trainer.max_steps={options.steps}", *more]
+        cli, found = fit_with(BesideBareLimit, options, "triplet_encoder", folder, *given)
     images = (options.steps // found.BLOCK - 1) * found.BLOCK * cli.datamodule.batch_size
-    return images / found.fit, images / found.bare
+    return {name: images / found.fit, f"bare limit, {name}": images / found.bare}
 
 
-def encoder_and_loss(semihard: bool) -> TripletEncoder:
-    torch.manual_seed(0)
-    sphere = EuclideanDistance(normalize=True)
-    loss = TripletMarginLoss("semihard", MARGIN, sphere) if semihard else PrototypicalLoss()
-    return TripletEncoder(FastEncoder(), loss, lr=0.35, momentum=0.85, weight_decay=1e-4)
+class Images(torch.utils.data.TensorDataset):
+    """Images and labels as torchvision's data sets deliver them."""
 
-
-def bare_limit(trainer: Trainer, semihard: bool) -> Callable[[], None]:
-    """A step on a model of its own and a batch already in place."""
-    data, batch = trainer.datamodule.split("train"), trainer.datamodule.batch_size
-    model = encoder_and_loss(semihard)
-    model.encoder.initialize(data.images)
-    images = (data.images[:batch].permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
-    labels, optimizer = data.labels[:batch], model.configure_optimizers()["optimizer"]
-
-    def step() -> None:
-        with trainer.precision_plugin.forward_context():
-            z = model.head(model.encoder(images))
-        loss = model.triplet_loss(z.float(), labels, None)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-class Images(torch.utils.data.Dataset):
-    def __init__(self, data: ImageSet) -> None:
-        self.images, self.labels = data.images.numpy(), data.labels.tolist()
-        steps = [transforms.ToPILImage(), transforms.RandomCrop(32, 2, padding_mode="reflect")]
-        self.transform = transforms.Compose([*steps, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    crop_and_flip = [transforms.RandomCrop(32, 2, padding_mode="reflect"), transforms.RandomHorizontalFlip()]
+    transform = transforms.Compose([transforms.ToPILImage(), *crop_and_flip, transforms.ToTensor()])
 
     def __getitem__(self, i: int):
-        return self.transform(self.images[i]), self.labels[i]
+        image, label = super().__getitem__(i)
+        return self.transform(image.numpy()), label
 
 
 class Usual(LightningModule):
-    def __init__(self) -> None:
-        from pytorch_metric_learning import losses, miners
-
+    def __init__(self, model: LightningModule) -> None:
         super().__init__()
-        self.model = encoder_and_loss(semihard=True)
+        self.model, self.loss = model, losses.TripletMarginLoss(MARGIN)
         self.miner = miners.TripletMarginMiner(MARGIN, type_of_triplets="semihard")
-        self.triplet_loss = losses.TripletMarginLoss(MARGIN)
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
-        z = self.model.head(self.model.encoder(images.contiguous(memory_format=torch.channels_last))).float()
-        loss = self.triplet_loss(z, labels, self.miner(z, labels))
+        z = self.model(images.contiguous(memory_format=torch.channels_last)).float()
+        loss = self.loss(z, labels, self.miner(z, labels))
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -150,57 +109,51 @@ class Usual(LightningModule):
         return self.model.configure_optimizers()["optimizer"]
 
 
-def usual(options: argparse.Namespace) -> tuple[float]:
-    data, module, clock = read_npz(Path(options.data_dir) / "cifar10_train.npz", 10), Usual(), Clock()
+def usual(options: argparse.Namespace) -> dict[str, float]:
+    data, clock = read_npz(Path(options.data_dir) / "cifar10_train.npz", 10), Clock()
+    module = Usual(shipped(options, "triplet_encoder", CONSTANT, *semihard(options)).model)
     module.model.encoder.initialize(data.images)
-    loader = torch.utils.data.DataLoader(Images(data), 512, shuffle=True, drop_last=True, num_workers=2)
+    loader = torch.utils.data.DataLoader(Images(*data), options.batch, shuffle=True, drop_last=True, num_workers=2)
     quiet = {"logger": False, "enable_checkpointing": False, "max_steps": options.steps, "callbacks": [clock]}
-    Trainer(accelerator="cpu", precision=options.precision, **quiet).fit(module, loader)
-    return (clock.rate(512, BesideBareLimit.BLOCK),)
+    precision = "bf16-mixed" if bf16_is_native() else "32-true"
+    Trainer(accelerator="cpu", precision=precision, **quiet).fit(module, loader)
+    return {"the usual way": clock.rate(options.batch)}
 
 
-SIDES = {
-    "default config": ours,
-    "semi-hard, batch 512": lambda options: ours(options, *SEMIHARD),
-    "the usual way, batch 512": usual,
-}
+def bare(options: argparse.Namespace, memory: str) -> dict[str, float]:
+    """Images/s of bare steps, and their page faults, with freed memory `kept` or `returned`."""
+    import resource
+
+    if memory == "kept":
+        keep_freed_memory()
+    made = shipped(options, "triplet_encoder", CONSTANT)
+    step = bare_step(made.model, *random_batch(made.data.batch_size), bf16_is_native())
+    for _ in range(5):
+        step()
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(options.steps):
+        step()
+    rate = options.steps * made.data.batch_size / (time.perf_counter() - start)
+    faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / options.steps
+    return {f"bare steps, freed memory {memory}": rate, f"freed memory {memory}": faults}
 
 
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.precision = "bf16-mixed" if bf16_is_native("cpu") else "32-true"
-    if options.side:
-        print("\nimages/s", *SIDES[options.side](options))
-        return
-
-    def measure(side: str) -> list[float]:
-        given = ["--steps", str(options.steps), "--data-dir", options.data_dir]
-        out = subprocess.check_output([sys.executable, "-m", "benchmarks.training", "--side", side, *given], text=True)
-        return [float(rate) for rate in out.split("images/s ")[-1].split()]
-
-    found = in_turn({side: (lambda side=side: measure(side)) for side in SIDES}, options.repetitions)
-    default, semihard, usual_way = (list(zip(*rates)) for rates in found.values())
-    rows = [
-        {
-            "": name,
-            "images/s": statistics.median(rates),
-            "compared with": over,
-            "ratio": over and median_ratio(rates, under),
-        }
-        for name, rates, over, under in (
-            ("default config", default[0], "its bare limit", default[1]),
-            ("its bare limit", default[1], None, None),
-            ("semi-hard, batch 512", semihard[0], "its bare limit, batch 512", semihard[1]),
-            ("its bare limit, batch 512", semihard[1], None, None),
-            ("the usual way, batch 512", usual_way[0], "semi-hard, batch 512", semihard[0]),
-        )
-    ]
-    print(machine(), options.precision)
-    show(rows, options.json)
+def rows(options: argparse.Namespace) -> Rows:
+    default, mined = "default config", f"semi-hard, batch {options.batch}"
+    sides = {
+        default: lambda: fresh(ours, options, default),
+        mined: lambda: fresh(ours, options, mined, *semihard(options)),
+        "usual": lambda: fresh(usual, options),
+    }
+    if sys.platform == "linux":  # of whose memory it is
+        sides |= {"kept": lambda: fresh(bare, options, "kept"), "returned": lambda: fresh(bare, options, "returned")}
+    found = in_turn(sides, options.repetitions).values()
+    rates = {name: [values[name] for values in side] for side in found for name in side[0]}
+    faults = {name: rates.pop(name) for name in list(rates) if name.startswith("freed memory")}
+    beside = {name: f"bare limit, {name}" for name in (default, mined)}
+    beside |= {"the usual way": mined, "bare steps, freed memory kept": "bare steps, freed memory returned"}
+    return summary(rates, "images/s", beside) + summary(faults, "page faults a step", {})
 
 
 if __name__ == "__main__":
-    main()
+    run("benchmarks.training")

@@ -1,0 +1,88 @@
+"""Where the features are read: our linear probe on each place of a trained default encoder that a probe could read.
+
+    python -m studies.reading --encoder RUN [RUN ...]
+
+The probe is that of configs/linear_probe.yaml, on the training images as they are. Its accuracy is that on validation
+images after the last epoch. There each image's values are the mean over the views that a probe's evaluation takes.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pytorch_lightning import Trainer, seed_everything
+from torch import Tensor
+
+from benchmarks.common import QUIET, Rows, run, shipped
+from callbacks.frozen_encoder import encoder_from_checkpoint
+from datamodules.arrays import ImageSet
+from datamodules.loader import BatchLoader
+from lightning_modules.encoders.contract import Encoder, view
+from run_folder import load_checkpoint, resolve_checkpoint
+from studies.common import encoder_run
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    runs = "run folders or checkpoints of configs/triplet_encoder.yaml (default: newest in runs/triplet_encoder)"
+    parser.add_argument("--encoder", nargs="+", help=runs)
+
+
+@torch.no_grad()
+def read(encoder: Encoder, head: Tensor, images: ImageSet, views: list[tuple[bool, int]]) -> dict[str, Tensor]:
+    """For each place (N, its width) float32, the mean over the views."""
+    found: dict[str, list[Tensor]] = {}
+    for batch, *_ in BatchLoader(*images, 500):
+        of_views = [places(encoder, head, view(batch, *which)) for which in views]
+        for place in of_views[0]:
+            found.setdefault(place, []).append(torch.stack([x[place] for x in of_views]).mean(0))
+    return {place: torch.cat(x) for place, x in found.items()}
+
+
+def places(encoder: Encoder, head: Tensor, images: Tensor) -> dict[str, Tensor]:
+    blocks: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda *args: blocks.append(args[2])) for block in encoder.blocks]
+    features = encoder(images)
+    for hook in hooks:
+        hook.remove()
+    return {
+        "second block, mean over its positions": blocks[1].mean((2, 3)),
+        "third block, mean over its positions": blocks[2].mean((2, 3)),
+        "third block, maximum over its positions: the features": features,
+        "features, each image's of length 1": F.normalize(features, dim=1),
+        "the projection head's embeddings": features @ head.T,
+        "embeddings of length 1, as the loss sees them": F.normalize(features @ head.T, dim=1),
+    }
+
+
+def accuracy(options: argparse.Namespace, encoder: Encoder, train: Tensor, val: Tensor) -> float:
+    """The linear probe's, fitted on values (N, width) of the training images in place of the encoder's features."""
+    seed_everything(0, verbose=False)
+    made = shipped(options, "linear_probe")
+    made.data.cache_features({"train": train, "val": val})
+    encoder.feature_dim = train.shape[1]
+    made.model.adopt(encoder, {})
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=made.trainer["max_epochs"], **QUIET)
+    trainer.fit(made.model, datamodule=made.data)
+    return float(trainer.callback_metrics["val/accuracy"])
+
+
+def of_encoder(options: argparse.Namespace, folder: str) -> dict[str, float]:
+    """The accuracy of each place of a run's encoder."""
+    data, file = shipped(options, "linear_probe").data, resolve_checkpoint(folder, Path(folder).parent)
+    checkpoint = load_checkpoint(file)
+    encoder, head = encoder_from_checkpoint(file, checkpoint), checkpoint["state_dict"]["head.weight"]
+    train, val = (read(encoder, head, data.split(s), v) for s, v in (("train", [(False, 0)]), ("val", encoder.views)))
+    return {place: accuracy(options, encoder, train[place], val[place]) for place in train}
+
+
+def rows(options: argparse.Namespace) -> Rows:
+    runs = [of_encoder(options, folder) for folder in options.encoder or [encoder_run(options)]]
+    found = {place: [accuracies[place] for accuracies in runs] for place in runs[0]}
+    numbered = {place: {f"run {i}": value for i, value in enumerate(values)} for place, values in found.items()}
+    return [{"name": place, **numbered[place], "mean": statistics.fmean(found[place])} for place in found]
+
+
+if __name__ == "__main__":
+    run("studies.reading")
