@@ -4,6 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: before torch counts the cores, here and in children
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from errors import one_line
 from main import main
 

@@ -1,5 +1,6 @@
 """The wheel holds the program whole: what it installs into an empty folder runs there."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ def run(*command, cwd):
 
 
 def test_a_wheel_fits_the_digits_from_an_empty_folder(tmp_path):
-    site = tmp_path / "site"
-    run("-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path, ROOT, cwd=tmp_path)
+    site, source = tmp_path / "site", tmp_path / "source"  # a copy, since building leaves files behind
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "data", "runs", "build", "*.egg-info"))
+    run("-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path, source, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     run("-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel, cwd=tmp_path)
     assert not {path.name for path in site.iterdir()} & {"tests", "benchmarks", "studies", "docs"}
