@@ -148,10 +148,8 @@ def table(rows: Rows) -> str:
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
     if not isinstance(value, float):
-        return str(value)
+        return "–" if value is None else str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 

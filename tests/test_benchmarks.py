@@ -85,7 +85,8 @@ def test_a_name_that_is_no_benchmark_is_refused(monkeypatch):
 def test_the_kept_fits_are_those_of_the_settings():
     recipes = importlib.import_module("studies.recipes")
     kept = {
-        folder: json.loads((ROOT / "studies" / folder / "fits.json").read_text()) for folder in ("losses", "recipes")
+        folder: json.loads((ROOT / "studies" / folder / "fits.json").read_text(encoding="utf-8"))
+        for folder in ("losses", "recipes")
     }
     for study, settings in recipes.STUDIES.items():
         for changes in settings.values():
