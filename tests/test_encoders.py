@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from datamodules import CIFAR10DataModule, DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
+from lightning_modules import SupervisedEncoder
 from lightning_modules.encoders import ReportEncoder
 from lightning_modules.encoders.contract import Encoder, build_encoder, channel_statistics, view, view_list
 from lightning_modules.encoders.fast import FastEncoder, whitening_filters
@@ -127,15 +129,18 @@ def test_shifted_views_are_those_of_an_image_that_moved():
 
 
 def test_the_views_follow_the_augmentation_unless_told():
-    encoder, data = FastEncoder([8, 8, 8]), CIFAR10DataModule(flip=True, translate=2)
-    encoder.set_views(data, None, None)
-    assert bool(encoder.mirror) and int(encoder.shift) == 1
-    encoder.set_views(data, False, 0)
-    assert not encoder.mirror and int(encoder.shift) == 0
-    encoder.set_views(CIFAR10DataModule(flip=False, translate=0), None, None)
-    assert not encoder.mirror and int(encoder.shift) == 0
+    def views(data, **options):
+        stage = SupervisedEncoder(FastEncoder([8, 8, 8]), **options)
+        stage.trainer = SimpleNamespace(datamodule=CIFAR10DataModule(**data))
+        stage.initialize(photos(8))
+        return stage.encoder.views
+
+    augmented = {"flip": True, "translate": 2}
+    assert views(augmented) == view_list(True, 1)
+    assert views(augmented, mirror=False, shift=0) == [(False, 0)]
+    assert views({"flip": False, "translate": 0}) == [(False, 0)]
     with pytest.raises(InputError, match="model.shift 32"):
-        encoder.set_views(data, None, 32)
+        views(augmented, shift=32)
 
 
 def test_embed_all_is_embed_of_every_image_in_order():
@@ -143,6 +148,20 @@ def test_embed_all_is_embed_of_every_image_in_order():
     features = encoder.embed_all(BatchLoader(images, None, 8))
     assert features.shape == (21, 8)
     torch.testing.assert_close(features, encoder.embed(images.permute(0, 3, 1, 2).float() / 255), rtol=1e-4, atol=1e-5)
+
+
+class Wider(FastEncoder):
+    """A subclass of a subclass, whose arguments are given by position."""
+
+    def __init__(self, factor: int, whitening_eps: float = 1e-2) -> None:
+        super().__init__([8 * factor] * 3, whitening_eps)
+
+
+def test_a_subclass_of_a_subclass_is_built_from_its_spec():
+    encoder = Wider(2)
+    assert encoder.spec == {"class_path": f"{__name__}.Wider", "init_args": {"factor": 2, "whitening_eps": 1e-2}}
+    built = build_encoder(copy.deepcopy(encoder).spec)
+    assert type(built) is Wider and built.feature_dim == 16
 
 
 @pytest.mark.parametrize(

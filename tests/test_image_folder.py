@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import CONFIGS
 from PIL import Image
 
@@ -128,11 +127,7 @@ def test_a_classifier_predicts_a_folder_and_writes_features(folder, tmp_path, ru
     run("fit", "linear_probe")
 
     def predict(config):
-        given = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
-        writer = next(c for c in given["trainer"]["callbacks"] if c["class_path"] == "PredictionWriter")
-        writer["init_args"] = {"features": True}
-        (tmp_path / "features.yaml").write_text(yaml.safe_dump(given))
-        return run("predict", config, f"--config={tmp_path / 'features.yaml'}", *again, "--ckpt_path=best")
+        return run("predict", config, "--prediction_writer.features=true", *again, "--ckpt_path=best")
 
     again = [
         f"--data.root={tmp_path / 'data'}",
