@@ -337,7 +337,7 @@ def test_without_triplets_gradients_are_finite_and_pull_nothing_apart(loss, labe
 
 
 def test_a_process_without_images_evaluates_too(monkeypatch):
-    module = TripletEncoder(FastEncoder([8, 8, 8]), TripletMarginLoss(), z_dim=5).eval()
+    module = TripletEncoder(FastEncoder([8, 8, 8]), EVERY_LOSS[0], z_dim=5).eval()
     module.trainer, logged = SimpleNamespace(state=SimpleNamespace(fn="fit")), []
     monkeypatch.setattr(module, "log", lambda name, *args, **options: logged.append(name))
     seen = module.evaluation_step("val", (torch.zeros(0, 3, 32, 32), torch.zeros(0, dtype=torch.long)), 0)
