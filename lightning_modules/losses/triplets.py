@@ -83,27 +83,43 @@ def active_counts(
     for (start, stop), (first_anchor, last_anchor) in zip(*(zip(b, b[1:]) for b in bounds)):
         step = max(1, ROW_BLOCK // len(labels))
         for first in range(first_anchor, last_anchor, step):
-            last = min(first + step, last_anchor)
-            rows = grouped[first:last]
-            # The anchor itself comes first in order and is never active.
-            positives = rows[:, start:stop].scatter(1, own[first:last, None] - start, float("-inf"))
-            positives, places = positives.sort(1)
-            if neighbours is not None:
-                positives, places = positives[:, : neighbours + 1], places[:, : neighbours + 1]
-            negatives = torch.cat([rows[:, :start], rows[:, stop:]], dim=1)
-            # Of the sorted positives, those behind `at` reach over this negative; so do, seen from a positive,
-            # the negatives whose `at` is no larger than its place.
-            at = torch.searchsorted(positives + margin, negatives, right=True)
-            upto = at.new_full((), positives.shape[1])
-            by_positive = _negatives_up_to(at, positives.shape[1])
-            if semihard:
-                upto = torch.searchsorted(positives, negatives)
-                by_positive -= _negatives_up_to(upto, positives.shape[1])
-            by_negative = (at - upto).to(counts.dtype)
-            counts[first:last, start:stop].scatter_(1, places, by_positive.to(counts.dtype))
-            counts[first:last, :start] = by_negative[:, :start]
-            counts[first:last, stop:] = by_negative[:, start:]
+            part = slice(first, min(first + step, last_anchor))
+            _count(counts[part], grouped[part], own[part], start, stop, margin, semihard, neighbours)
     return counts[anchors.argsort()][:, place]
+
+
+def _count(
+    counts: Tensor,
+    rows: Tensor,
+    own: Tensor,
+    start: int,
+    stop: int,
+    margin: float,
+    semihard: bool,
+    neighbours: int | None,
+) -> None:
+    """Fills `counts` (R, B) for R anchors of the class in columns `start` to `stop` of the distances `rows` (R, B).
+
+    `own` (R,) are the columns of the anchors themselves.
+    """
+    # The anchor itself comes first in order and is never active.
+    positives = rows[:, start:stop].scatter(1, own[:, None] - start, float("-inf"))
+    positives, places = positives.sort(1)
+    if neighbours is not None:
+        positives, places = positives[:, : neighbours + 1], places[:, : neighbours + 1]
+    negatives = torch.cat([rows[:, :start], rows[:, stop:]], dim=1)
+    # Of the sorted positives, those behind `at` reach over this negative; so do, seen from a positive, the negatives
+    # whose `at` is no larger than its place.
+    at = torch.searchsorted(positives + margin, negatives, right=True)
+    upto = at.new_full((), positives.shape[1])
+    by_positive = _negatives_up_to(at, positives.shape[1])
+    if semihard:  # without the positives that are farther away than this negative
+        upto = torch.searchsorted(positives, negatives)
+        by_positive -= _negatives_up_to(upto, positives.shape[1])
+    by_negative = (at - upto).to(counts.dtype)
+    counts[:, start:stop].scatter_(1, places, by_positive.to(counts.dtype))
+    counts[:, :start] = by_negative[:, :start]
+    counts[:, stop:] = by_negative[:, start:]
 
 
 def _negatives_up_to(ranks: Tensor, places: int) -> Tensor:
