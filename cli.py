@@ -9,17 +9,17 @@ from typing import NoReturn
 import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning_fabric.plugins import TorchCheckpointIO
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from callbacks import NAMED, ModelParts, Progress, RunFiles
+from callbacks.best_checkpoint import best_checkpoint
 from callbacks.run_files import peak_memory
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError, causes, first_line, require
 from lightning_modules import Stage, TripletEncoder
-from run_folder import Run, WholeCheckpointIO, resolve_checkpoint
+from run_folder import Run, WholeCheckpointIO, load_checkpoint, resolve_checkpoint
 
 WRITTEN = {
     "validate": "config and TensorBoard events of this validation",
@@ -155,6 +155,12 @@ class CLI(LightningCLI):
         trainer, config = self.trainer, self.config[self.subcommand]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
+        if self.subcommand == "fit" and self.checkpoint is not None:
+            # Results depend on it, a probe's features too, which are computed before Lightning loads the checkpoint.
+            made_by = load_checkpoint(self.checkpoint).get("made_by")
+            threads = made_by.get("threads") if isinstance(made_by, dict) else None
+            require(type(threads) is int and 1 <= threads <= 4096, "the checkpoint's threads", threads, "1..4096")
+            torch.set_num_threads(threads)
         if not trainer.is_global_zero or trainer.fast_dev_run or not any(map(has_folder, trainer.loggers)):
             return
         earlier = None if self.checkpoint is None else Run.of(self.checkpoint)
@@ -169,7 +175,7 @@ class CLI(LightningCLI):
         trainer.loggers = [write_into(self.run.folder, *pair) for pair in zip(trainer.loggers, wanted)]
 
     def after_fit(self) -> None:
-        saved = next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        saved = best_checkpoint(self.trainer)
         if self.run is None:
             written = "nothing is written" if saved is None else f"only checkpoints are written: {saved.dirpath}"
             return self._say(f"fit ended; without a logger {written}")

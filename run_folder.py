@@ -15,7 +15,7 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Trainer
 from torch import Tensor
 
-from errors import InputError, first_line
+from errors import InputError, first_line, require
 
 FINISHED = "finished.json"  # written when a fit has ended
 STEP0, LAST, PREVIOUS = "step0.ckpt", "last.ckpt", "previous.ckpt"  # untrained; to resume from; the one before that
@@ -25,10 +25,11 @@ def write(path: Path, content: str | bytes | Callable[[BinaryIO], object], keep:
     """Writes a file whole or not at all, whenever the process is killed or the disk is full; text as UTF-8.
 
     `content` may be a function that writes into the open file. `keep`: the name that a file already there gets.
+    Raises InputError where the disk is full or may not be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             if callable(content):
                 content(file)
@@ -45,8 +46,11 @@ def write(path: Path, content: str | bytes | Callable[[BinaryIO], object], keep:
                 os.fsync(folder)  # the new name too
             finally:
                 os.close(folder)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({first_line(error)})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -56,35 +60,38 @@ class WholeCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         try:
             write(path, lambda file: torch.save(checkpoint, file), keep=PREVIOUS if path.name == LAST else None)
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-            raise InputError(
-                f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are intact: make room"
-                " and resume with --ckpt_path last"
-            ) from error
+        except (InputError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+            why = f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are intact"
+            raise InputError(f"{why}: make room and resume with --ckpt_path last") from error
 
     def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
         return load_checkpoint(Path(path))
 
 
 def folder_of(trainer: Trainer) -> Path | None:
-    """The folder that this process writes its files into; None where it writes none: without a logger that has one,
-    in a `fast_dev_run`, and on all processes but the first."""
+    """The folder that this process writes its files into: none in a `fast_dev_run`, without a logger that has one, and
+    on all processes but the first."""
     if not trainer.is_global_zero or trainer.fast_dev_run:
         return None
     return next((Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir), None)
 
 
+def shared_folder(trainer: Trainer) -> Path | None:
+    """`folder_of` the first process, on every process. All of them have to call it."""
+    return trainer.strategy.broadcast(folder_of(trainer))
+
+
 class Run:
     """`folder` is `<runs>/version_N`, with `checkpoints/`, `config.yaml`, `finished.json` and more in it.
 
-    A command that writes into it uses `claim`, and `discard` where it is refused before it has started.
+    A command claims it, and discards it where it is refused before it has started.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoints, self.config = folder, folder / "checkpoints", folder / "config.yaml"
         self.step0 = self.checkpoints / STEP0
-        self._made: list[Path] = []
-        self._found: set[Path] = set()
+        self._made: list[Path] = []  # folders that did not exist before this command
+        self._found: set[str] = set()  # what was in the folder before it
 
     @classmethod
     def all(cls, runs: Path) -> list["Run"]:
@@ -103,44 +110,46 @@ class Run:
     @classmethod
     def of(cls, checkpoint: Path) -> "Run | None":
         """The run that a checkpoint file belongs to."""
-        return cls(checkpoint.parent.parent) if checkpoint.parent.name == "checkpoints" else None
+        run = cls(checkpoint.parent.parent)
+        return run if checkpoint.parent.name == "checkpoints" and run.config.is_file() else None
 
     @classmethod
     def claim(cls, parent: Path, stem: str, number: int | str | None = None) -> "Run":
         """Makes the folder `<stem>_N` in `parent`, N the next free number: of two processes that ask at once, each gets
         its own. With `number`, that folder, whether it is there or not. Raises InputError where it cannot be made."""
         taken = [int(p.name[len(stem) + 1 :]) for p in parent.glob(f"{stem}_*") if p.name[len(stem) + 1 :].isdigit()]
-        n, missing = max(taken, default=-1) + 1, [p for p in (parent, *parent.parents) if not p.exists()]
+        n, name = max(taken, default=-1) + 1, number if isinstance(number, str) else f"{stem}_{number}"
+        plain = Path(name).name == name and name not in ("", "..")
+        require(number is None or plain, "trainer.logger.version", number, "the name of a folder")
         while True:
-            name = f"{stem}_{n}" if number is None else number if isinstance(number, str) else f"{stem}_{number}"
+            run = cls(parent / (f"{stem}_{n}" if number is None else name))
+            run._made = [p for p in (run.folder, *run.folder.parents) if not p.exists()]
             try:
-                (parent / name).mkdir(parents=True, exist_ok=number is not None)
+                run.folder.mkdir(parents=True, exist_ok=number is not None)
+                return run.resume()
             except FileExistsError:
                 n += 1
-                continue
             except OSError as error:
-                raise InputError(
-                    f"{parent / name}: cannot be made ({error.strerror}); give --trainer.logger.save_dir"
-                ) from error
-            run = cls(parent / name)
-            run._made = [run.folder, *missing]
-            return run
+                why = f"{run.folder}: cannot be made ({error.strerror})"
+                raise InputError(f"{why}; give --trainer.logger.save_dir") from error
 
     def resume(self) -> "Run":
-        """Claims a folder that is there already."""
-        self._found = set(self.folder.rglob("*"))
+        """Claims the folder as it is."""
+        self._found = {path.name for path in self.folder.iterdir()}
         return self
 
     def discard(self) -> None:
-        """Removes what was written since the folder was claimed, unless the command has started: unless it has written
-        its config."""
-        new = [p for p in self.folder.rglob("*") if p not in self._found]
-        if any(p.parent == self.folder and p.match("config*.yaml") for p in new):
+        """Removes what this process's loggers have written since the folder was claimed, and the folder if it was made
+        then. Does nothing where the command has started, that is, has written its config."""
+        new = [path for path in self.folder.iterdir() if path.name not in self._found]
+        if any(path.match("config*.yaml") for path in new):
             return
-        for path in sorted(new, reverse=True):  # what is in a folder comes before it
-            path.rmdir() if path.is_dir() else path.unlink()
+        for path in new:
+            own = path.match(f"events.out.tfevents.*.{os.getpid()}.*")
+            if own or (path.name == "hparams.yaml" and self.folder in self._made):
+                path.unlink(missing_ok=True)
         for folder in self._made:
-            if not any(folder.iterdir()):
+            with contextlib.suppress(OSError):  # not empty: another run is in it
                 folder.rmdir()
 
     @property

@@ -1,7 +1,9 @@
 """The checkpoint of the best validation."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 
@@ -24,3 +26,18 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         once = {"enable_version_counter": False, "save_on_train_epoch_end": False}
         super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, filename=filename, **once)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Lightning forgets the best where the folder's name differs, as after a move: the files count, not their names.
+        best = Path(self.dirpath or "", Path(state_dict["best_model_path"]).name)
+        if state_dict["best_model_path"] and best.is_file():
+            here = {k: str(best.with_name(Path(v).name)) for k, v in state_dict.items() if k.endswith("_path") and v}
+            scores = {str(best.with_name(Path(k).name)): v for k, v in state_dict["best_k_models"].items()}
+            state_dict = {**state_dict, **here, "best_k_models": scores, "dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+
+def best_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps a run's best checkpoint: ours, or the first ModelCheckpoint that monitors something."""
+    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+    return next((c for c in found if isinstance(c, BestCheckpoint)), found[0] if found else None)

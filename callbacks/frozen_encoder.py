@@ -41,6 +41,7 @@ class FrozenEncoder(Callback):
         if stage != "fit" or pl_module.encoder is not None:
             return
         runs = Path(trainer.logger.save_dir if trainer.logger else "runs") / pl_module.starts_from
+        runs = Path(trainer.strategy.broadcast(str(runs)))  # a resumed run may lie elsewhere
         path = resolve_checkpoint(self.run, runs) if self.run else Run.newest(runs).best()
         checkpoint = load_checkpoint(path)
         encoder = encoder_from_checkpoint(path, checkpoint).to(trainer.strategy.root_device)

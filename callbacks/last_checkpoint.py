@@ -3,7 +3,6 @@
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -11,17 +10,17 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
 from errors import InputError, require
-from run_folder import LAST, STEP0
+from run_folder import LAST, STEP0, shared_folder
 
 
 class LastCheckpoint(Checkpoint):
     """Writes `checkpoints/last.ckpt` at every epoch's end, every so many steps between, at `max_steps`, and after other
     validations.
 
-    SIGTERM and SIGINT (Ctrl-C) end a fit at the end of its step, or of the validation it is in, with that checkpoint
-    and exit code 143 or 130. A second one ends it at once. A loss that is not finite ends the fit with InputError, and
-    is in no checkpoint. It is looked at in every step; on a GPU in every tenth, in each epoch's last and before each
-    checkpoint.
+    SIGTERM and SIGINT (Ctrl-C) end a fit with that checkpoint and exit code 143 or 130: at the end of the step or of
+    the validation it is in, on several processes within ten steps. A second signal ends it at once. A loss that is not
+    finite ends the fit with InputError. It is looked at in every step, on a GPU in every tenth, in each epoch's last,
+    and where a checkpoint is due.
 
     Args:
         every_n_steps: steps between two checkpoints within an epoch.
@@ -32,12 +31,16 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, every_n_steps: int = 200) -> None:
         require(every_n_steps >= 1, "LastCheckpoint every_n_steps", every_n_steps, "at least 1")
         self.every_n_steps, self.signal, self._step = every_n_steps, 0, 0
-        self._handlers = {}
+        self._handlers, self._folder = {}, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._folder = shared_folder(trainer)  # now, when all processes ask for it
         # Not Lightning's: they end with exit code 0 and no checkpoint, and several processes at different steps.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
 
     def _receive(self, number: int, frame) -> None:
         if self.signal:
@@ -56,8 +59,9 @@ class LastCheckpoint(Checkpoint):
         if (due or self.signal or loss.device.type == "cpu") and not loss.isfinite():
             self._not_finite(trainer, float(loss))
         accumulating, self._step = step == self._step, step
-        if trainer.is_last_batch or accumulating:
-            return  # the epoch's end follows, or the step's
+        validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
+        if trainer.is_last_batch or accumulating or validates:
+            return  # the epoch's end follows, or the step's, or a validation, which a checkpoint before it would skip
         stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
@@ -73,12 +77,12 @@ class LastCheckpoint(Checkpoint):
         self._end(trainer, self._stopped(trainer))
 
     def _save(self, trainer: Trainer) -> None:
-        if trainer.logger and not trainer.fast_dev_run:
-            trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / LAST)
+        if self._folder is not None:
+            trainer.save_checkpoint(self._folder / "checkpoints" / LAST)
 
     def _not_finite(self, trainer: Trainer, loss: float) -> NoReturn:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
-        kept = [Path(trainer.log_dir) / "checkpoints" / name for name in (LAST, STEP0)] if trainer.logger else []
+        kept = [self._folder / "checkpoints" / name for name in (LAST, STEP0)] if self._folder is not None else []
         kept = [str(path) for path in kept if path.is_file()]
         raise InputError(
             f"the loss is {loss} at step {trainer.global_step} (learning rate {rate:.3g}): start anew with a lower"
@@ -95,5 +99,6 @@ class LastCheckpoint(Checkpoint):
         if number:
             if trainer.is_global_zero:
                 name, step = signal.Signals(number).name, trainer.global_step
-                print(f"main.py: stopped by {name} at step {step}; resume with --ckpt_path last", file=sys.stderr)
+                remedy = "; resume with --ckpt_path last" if self._folder is not None else ""
+                print(f"main.py: stopped by {name} at step {step}{remedy}", file=sys.stderr)
             sys.exit(128 + number)

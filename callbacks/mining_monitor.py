@@ -50,7 +50,7 @@ class MiningMonitor(Callback):
             return  # accumulated batches share a step
         self._measured_at = step
         z, labels = outputs["embeddings"][:LARGEST].float(), outputs["labels"][:LARGEST]
-        loss = outputs["loss"] * trainer.accumulate_grad_batches  # by which Lightning has divided it
+        loss = outputs["contrastive_loss"]
         if not (z.isfinite().all() and loss.isfinite()):
             return  # LastCheckpoint ends such a fit
         measured, histograms = measure(pl_module.loss_function, z, labels)
@@ -67,14 +67,18 @@ class MiningMonitor(Callback):
         # One measurement without it does not start its count anew: a batch is a small sample.
         counts = {kind: self._times.get(kind, 0) + (1 if kind in found else -1) for kind in self._times | found}
         self._times = {kind: n for kind, n in counts.items() if n > 0}
+        new = False
         for kind, what in found.items():
             # At the start of every fit many triplets are in the wrong order, and semi-hard mining leaves out as many.
             patience = self.patience * (4 if kind in ("misordered", "ignored") else 1)
             if self._times[kind] < patience or kind in self._said:
                 continue
             self._said.add(kind)
+            new = True
             sentence = f"step {trainer.global_step}: {what}"
             rank_zero_warn(sentence)
             for logger in tensorboards(trainer):
                 logger.experiment.add_text("mining/diagnosis", sentence, trainer.global_step)
-            trainer.should_stop = trainer.should_stop or self.stop
+        # Without global mining each process looks at its own batch, and one that stopped alone would be waited for.
+        if self.stop and trainer.strategy.reduce_boolean_decision(new, all=False):
+            trainer.should_stop = True

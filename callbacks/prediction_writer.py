@@ -30,7 +30,7 @@ class PredictionWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
-        if not trainer.loggers:
+        if not any(logger.log_dir for logger in trainer.loggers):
             raise InputError("predict writes into a run folder: leave --trainer.logger on")
         if self.features and not hasattr(pl_module, "encoder"):
             stage = type(pl_module).__name__

@@ -10,8 +10,8 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import SaveConfigCallback
 
-from errors import require
-from run_folder import FINISHED, STEP0, folder_of, write
+from callbacks.best_checkpoint import best_checkpoint
+from run_folder import FINISHED, STEP0, folder_of, shared_folder, write
 
 
 class RunFiles(SaveConfigCallback):
@@ -20,7 +20,6 @@ class RunFiles(SaveConfigCallback):
     Writes `config.yaml` once a run has started, never over another one. Writes `checkpoints/step0.ckpt` before the
     first step, and `finished.json` (seconds since the trainer was made, steps, metrics, best checkpoint, peak memory)
     at the fit's end. A run that stops within an epoch (`max_steps`) is validated and saved there as at an epoch's end.
-    A fit that resumes takes over the run's number of threads, on which results depend.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -38,8 +37,11 @@ class RunFiles(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
-        if trainer.logger and trainer.global_step == 0:
-            trainer.save_checkpoint(Path(trainer.log_dir) / "checkpoints" / STEP0)
+        if folder := folder_of(trainer):
+            (folder / FINISHED).unlink(missing_ok=True)  # of the fit that is resumed
+        folder = shared_folder(trainer)
+        if folder is not None and trainer.checkpoint_callbacks and trainer.global_step == 0:
+            trainer.save_checkpoint(folder / "checkpoints" / STEP0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -58,19 +60,13 @@ class RunFiles(SaveConfigCallback):
             self._made_by = {"config": self.parser.dump(self.config, skip_none=False), "versions": versions}
         checkpoint["made_by"] = {**self._made_by, "threads": torch.get_num_threads()}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
-        if trainer.state.fn == "fit" and (made_by := checkpoint.get("made_by")):
-            threads = made_by["threads"]
-            require(type(threads) is int and 1 <= threads <= 4096, "the checkpoint's threads", threads, "1..4096")
-            torch.set_num_threads(threads)
-
     def on_train_batch_end(self, trainer: Trainer, *args) -> None:
         if 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True  # Lightning validates when asked to stop, not when the steps run out
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if folder := folder_of(trainer):
-            best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+            best = getattr(best_checkpoint(trainer), "best_model_path", "")
             note = {"seconds": time.monotonic() - self._made, "steps": trainer.global_step}
             note["metrics"] = {k: float(v) for k, v in trainer.callback_metrics.items()}
             note |= {"best": Path(best).name or None, "peak_memory_mib": peak_memory()}

@@ -9,16 +9,17 @@ class Mean(Metric):
     """Σ sums / Σ counts over all batches and processes: one quantity (no dimensions), or `quantities` of them, (Q,).
 
     `update` takes a batch's sums and its number of images; sums that a checkpoint has kept are given back by it too.
-    A NaN stays one. The sums are float64 and their mean is rounded to float32, so the order of the sums does not show.
+    A NaN stays one. The sums are float64 (float32 on Apple's GPUs), and their mean is rounded to float32, so the order
+    of the sums does not show.
     """
 
     full_state_update = False
 
     def __init__(self, quantities: int | None = None) -> None:
         super().__init__()
-        shape = () if quantities is None else (quantities,)
-        self.add_state("sums", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        kind = {"dtype": torch.float32 if torch.backends.mps.is_available() else torch.float64}  # MPS has no float64
+        self.add_state("sums", torch.zeros(() if quantities is None else (quantities,), **kind), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), **kind), dist_reduce_fx="sum")
 
     def update(self, sums: Tensor, count: int | Tensor) -> None:
         self.sums += sums

@@ -141,7 +141,7 @@ class Stage(LightningModule):
         """Adds a batch to the split's means: its mean loss, and which of its images are classified right, (B,)."""
         images, names = len(correct), (f"{split}/loss", f"{split}/accuracy")
         if images:  # a process may have no images of its own in an evaluation
-            for name, total in zip(names, (loss.detach().double() * images, correct.sum())):
+            for name, total in zip(names, (loss.detach().to(self.means[names[0]].sums.dtype) * images, correct.sum())):
                 self.means[name].update(total, images)
         # The means sum up by themselves: Lightning has to hear of them once an epoch, and a call for every batch costs
         # more than a probe's whole step. (A run resumed inside an epoch does not start at batch 0.)

@@ -1,5 +1,8 @@
 """One folder for each run: claimed, resumed, written whole, and gone again where a command is refused."""
 
+import csv
+import os
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,9 +22,11 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     assert Run.claim(tmp_path / "runs", "version", 7).folder.name == "version_7"
 
 
-def test_discarding_leaves_what_was_there_and_what_has_started(tmp_path):
+def test_discarding_removes_what_this_command_made_alone(tmp_path):
+    events = f"events.out.tfevents.1.host.{os.getpid()}.0"
     run = Run.claim(tmp_path / "runs" / "stage", "version")
-    (run.folder / "events").write_text("")
+    for name in (events, "hparams.yaml"):
+        (run.folder / name).write_text("")
     run.discard()
     assert not any(tmp_path.iterdir())
 
@@ -31,9 +36,20 @@ def test_discarding_leaves_what_was_there_and_what_has_started(tmp_path):
     assert started.config.is_file()
 
     resumed = Run(started.folder).resume()
-    (resumed.folder / "events").write_text("")
+    for name in (events, "events.out.tfevents.1.host.0.0", "of_another_process"):
+        (resumed.folder / name).write_text("")
     resumed.discard()
-    assert [path.name for path in started.folder.iterdir()] == ["config.yaml"]
+    expected = {"config.yaml", "events.out.tfevents.1.host.0.0", "of_another_process"}
+    assert {path.name for path in started.folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("version", ["", "..", "a/b"])
+def test_a_version_that_is_no_folder_is_refused_and_other_runs_stay(tmp_path, run, refused, version):
+    run("fit", "softmax_regression")
+    refused("fit", "softmax_regression", f"--trainer.logger.version={version}", words=["trainer.logger.version"])
+    again = ["--trainer.logger.version=version_0", "--data.batch_size=0"]
+    refused("fit", "softmax_regression", *again, words=["batch_size 0"])
+    assert (tmp_path / "runs/softmax_regression/version_0/finished.json").is_file()
 
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
@@ -44,7 +60,7 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):
         file.write(b"half")
         raise OSError("no space left")
 
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="file: cannot be written .no space left"):
         write(path, fails)
     assert path.read_text() == "whole\n" and list(tmp_path.iterdir()) == [path]
 
@@ -127,3 +143,24 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, run):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be made.*--trainer.logger.save_dir"):
         run("fit", "softmax_regression", f"--trainer.logger.save_dir={tmp_path / 'file'}")
+
+
+def test_a_moved_run_keeps_its_best_checkpoint_when_resumed(tmp_path, run):
+    options = ["--best_checkpoint.monitor=epoch", "--best_checkpoint.mode=min"]  # the first epoch stays the best
+    run("fit", "softmax_regression", *options, "--trainer.max_epochs=2")
+    moved = tmp_path / "moved" / "softmax_regression" / "version_0"
+    shutil.move(tmp_path / "runs/softmax_regression/version_0", moved)
+    best = Run(moved).best().name
+    cli = run("fit", "softmax_regression", *options, "--trainer.max_epochs=4", f"--ckpt_path={moved}")
+    assert best == "epoch=0-step=4.ckpt" and cli.run.folder == moved
+    assert Run(moved).best().name == best and Run(moved).finished["best"] == best
+
+
+def test_a_checkpoint_does_not_skip_the_validation_that_is_due(tmp_path, run):
+    options = ["--trainer.val_check_interval=2", "--last_checkpoint.every_n_steps=1", "--model.schedule=constant"]
+    whole = run("fit", "softmax_regression", *options)
+    run("fit", "softmax_regression", *options, "--trainer.max_steps=2")
+    resumed = run("fit", "softmax_regression", *options, "--ckpt_path=last")
+    tables = [csv.DictReader((cli.run.folder / "metrics.csv").open()) for cli in (whole, resumed)]
+    one, two = ([(row["step"], row["val/loss"], row["val/accuracy"]) for row in table] for table in tables)
+    assert one == two and [step for step, *_ in one] == ["2", "4"]

@@ -29,9 +29,14 @@ class Encoder(nn.Module):
 
     def __new__(cls, *args, **kwargs) -> "Encoder":
         encoder = super().__new__(cls)
-        bound = inspect.signature(cls.__init__).bind_partial(encoder, *args, **kwargs)  # partial: copies give none
+        signature = inspect.signature(cls.__init__)
+        bound = signature.bind_partial(encoder, *args, **kwargs)  # partial: a copy is made without arguments
         bound.apply_defaults()
-        encoder.__dict__["init_args"] = dict(list(bound.arguments.items())[1:])
+        given = dict(list(bound.arguments.items())[1:])
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(name)
+        encoder.__dict__["init_args"] = given
         return encoder
 
     def __init__(self) -> None:
