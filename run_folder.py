@@ -61,7 +61,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
         try:
             write(path, lambda file: torch.save(checkpoint, file), keep=PREVIOUS if path.name == LAST else None)
         except (InputError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-            why = f"{path}: the checkpoint cannot be written ({first_line(error)}); earlier ones are intact"
+            cause = first_line(error.__cause__ or error)
+            why = f"{path}: the checkpoint cannot be written ({cause}); earlier ones are intact"
             raise InputError(f"{why}: make room and resume with --ckpt_path last") from error
 
     def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
@@ -82,10 +83,7 @@ def shared_folder(trainer: Trainer) -> Path | None:
 
 
 class Run:
-    """`folder` is `<runs>/version_N`, with `checkpoints/`, `config.yaml`, `finished.json` and more in it.
-
-    A command claims it, and discards it where it is refused before it has started.
-    """
+    """`folder` is `<runs>/version_N`. A command claims it, and discards it where it is refused before it starts."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.checkpoints, self.config = folder, folder / "checkpoints", folder / "config.yaml"

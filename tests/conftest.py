@@ -15,6 +15,12 @@ LARGER = ["triplet_encoder_gpu", "triplet_encoder_hour"]  # the default encoder'
 STAGES = sorted({p.stem for p in CONFIGS.glob("*.yaml")} - set(LARGER))
 
 
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no worker is left with one of them at the end."""
+    longest = ("test_distributed", "test_killed", "test_trouble", "test_main")
+    items.sort(key=lambda item: item.path.stem not in longest)
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A folder with 300 training and 60 test images of the ten classes; each class has its own brightness."""

@@ -153,7 +153,7 @@ def test_evaluation_is_the_same_on_one_two_and_three_processes(mlp_probe):
             options = ["--ckpt_path", run, f"--trainer.devices={devices}"]
             (out,) = ended(start("main.py", command, "--config", f"configs/{stage}.yaml", *common, *options))
             newest = max(run.glob(f"{command}_*"), key=lambda p: int(p.name.split("_")[1]))
-            table = {k: pytest.approx(float(v), rel=1e-6) for k, v in re.findall(r"(test/\w+) +\S +([-\d.]+)", out)}
+            table = {k: pytest.approx(float(v), rel=1e-6) for k, v in re.findall(r"(test/\w+)[^\w-]+([-\d.]+)", out)}
             found.append((newest / "predictions.csv").read_text() if command == "predict" else table)
         assert found[0] and all(other == found[0] for other in found), (stage, command)
 
