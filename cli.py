@@ -2,30 +2,27 @@
 
 import argparse
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse import DefaultHelpFormatter
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
+import closing
 from callbacks import NAMED, ModelParts, Progress, RunFiles
-from callbacks.best_checkpoint import best_checkpoint
-from callbacks.run_files import peak_memory
+from checkpoint_file import WholeCheckpointIO, load_checkpoint
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError, causes, first_line, require
-from lightning_modules import Stage, TripletEncoder
-from run_folder import Run, WholeCheckpointIO, load_checkpoint, resolve_checkpoint
-
-WRITTEN = {
-    "validate": "config and TensorBoard events of this validation",
-    "test": "report.html, config and TensorBoard events of this test",
-    "predict": "predictions.csv, config and TensorBoard events",
-}
+from lightning_modules import Stage
+from places import RUNS, expand_paths, runs_folder, snake_case, specs, write_into
+from run_folder import FolderLogger, Run, resolve_checkpoint
+from threads import chosen, first_reading
 
 
 class Parser(LightningArgumentParser):
@@ -59,7 +56,7 @@ class CLI(LightningCLI):
         self.parsers: list[LightningArgumentParser] = []
         self.run: Run | None = None
         shown = {"description": description, "formatter_class": HelpFormatter}
-        logger = {"save_dir": "runs", "name": None, "default_hp_metric": False}
+        logger = {"save_dir": RUNS, "name": None, "default_hp_metric": False}
         try:
             super().__init__(
                 Stage,
@@ -86,6 +83,7 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--quiet", action="store_true", help="no progress bar, no tables, no closing lines")
+        parser.add_argument("--threads", type=int | None, default=None, help="null: as many as the machine has free")
         parser.add_argument("--pictures", type=bool, default=True, help="draw figures, into files and TensorBoard")
         for callback in NAMED:
             name = snake_case(callback.__name__)
@@ -109,6 +107,8 @@ class CLI(LightningCLI):
             raise InputError("trainer: null: leave the key out for the defaults, or give options below it")
         seed = config.seed_everything
         require(seed is None or 0 <= seed < 2**32, "seed_everything", seed, "0..4294967295")
+        require(config.threads is None or 1 <= config.threads <= 4096, "threads", config.threads, "1..4096")
+        expand_paths(config)
         self.runs = runs_folder(config)
         self.checkpoint: Path | None = None
         if config.ckpt_path is not None:
@@ -125,6 +125,8 @@ class CLI(LightningCLI):
             trainer.enable_progress_bar = trainer.enable_model_summary = False
             if "verbose" in config:
                 config.verbose = False
+        if config.frozen_encoder.runs is None:
+            config.frozen_encoder.runs = str(self.runs.parent)
         listed = {spec.class_path.rsplit(".", 1)[-1] for spec in specs(trainer.callbacks)}
         replaced = set(map(snake_case, listed))
         if trainer.barebones:
@@ -152,89 +154,57 @@ class CLI(LightningCLI):
             raise InputError(f"trainer, model or data cannot be made with these options ({why})") from error
 
     def after_instantiate_classes(self) -> None:
-        trainer, config = self.trainer, self.config[self.subcommand]
+        trainer = self.trainer
+        rank_zero_only.rank = trainer.global_rank  # not what a cluster's variables say of other programs
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpointIO()
-        if self.subcommand == "fit" and self.checkpoint is not None:
+        threads = self.config[self.subcommand].threads
+        if threads is None and self.subcommand == "fit" and self.checkpoint is not None:
             # Results depend on it, a probe's features too, which are computed before Lightning loads the checkpoint.
             made_by = load_checkpoint(self.checkpoint).get("made_by")
             threads = made_by.get("threads") if isinstance(made_by, dict) else None
             require(type(threads) is int and 1 <= threads <= 4096, "the checkpoint's threads", threads, "1..4096")
+        elif threads is None and trainer.world_size == 1:
+            threads = chosen(first_reading())
+        if threads is not None:
             torch.set_num_threads(threads)
-        if not trainer.is_global_zero or trainer.fast_dev_run or not any(map(has_folder, trainer.loggers)):
+        if trainer.fast_dev_run or trainer.barebones:
             return
+        wanted = specs(self.config[self.subcommand].trainer.logger)
+        if trainer.is_global_zero:
+            self.run = self._claim([spec.init_args.get("version") for spec in wanted])
+        pairs = zip(trainer.loggers, [*wanted, *[None] * len(trainer.loggers)])
+        directed = [write_into(self.run.folder, *pair) if self.run else pair[0] for pair in pairs]
+        trainer.loggers = [*directed, FolderLogger(self.run and self.run.folder)]
+
+    def _claim(self, versions: list[int | str | None]) -> Run:
+        """The folder that this command writes into: the checkpoint's run, where that may be written, or a new one.
+
+        A fit resumes in the run whose newest checkpoint it is given. From an earlier one it starts a run of its own.
+        """
         earlier = None if self.checkpoint is None else Run.of(self.checkpoint)
+        if earlier is not None and not os.access(earlier.folder, os.W_OK):
+            earlier = None
         if self.subcommand != "fit":
-            self.run = Run.claim(self.runs if earlier is None else earlier.folder, self.subcommand)
-        elif earlier is not None:
-            self.run = earlier.resume()
-        else:
-            numbers = [spec.init_args.get("version") for spec in specs(config.trainer.logger)]
-            self.run = Run.claim(self.runs, "version", next((n for n in numbers if n is not None), None))
-        wanted = [*specs(config.trainer.logger), *[None] * len(trainer.loggers)]
-        trainer.loggers = [write_into(self.run.folder, *pair) for pair in zip(trainer.loggers, wanted)]
+            return Run.claim(self.runs if earlier is None else earlier.folder, self.subcommand)
+        if earlier is not None and earlier.last(untrained=True).samefile(self.checkpoint):
+            return earlier.resume()
+        return Run.claim(self.runs, "version", next((n for n in versions if n is not None), None))
 
     def after_fit(self) -> None:
-        saved = best_checkpoint(self.trainer)
-        if self.run is None:
-            written = "nothing is written" if saved is None else f"only checkpoints are written: {saved.dirpath}"
-            return self._say(f"fit ended; without a logger {written}")
-        run, data = self.run.folder, f" --data {type(self.datamodule).__name__}"
-        lines = [f"{run}: checkpoints, curves.png, metrics.csv, TensorBoard events"]
-        if saved is not None and saved.best_model_score is not None:
-            score = float(saved.best_model_score)
-            lines.append(f"Best: {Path(saved.best_model_path).name}, {saved.monitor} {score:.4f}")
-        if isinstance(self.model, TripletEncoder):
-            following = f"fit --config configs/linear_probe.yaml{data} --frozen_encoder.run {run}"
-        else:
-            following = f"test --config {run}/config.yaml --ckpt_path {run}"
-        look = f"Look: tensorboard --logdir {self.runs.parent}"
-        self._say("\n".join([*lines, f"Next: python main.py {following}", look]))
+        if self.run is not None and not self.run.config.exists():  # no step was asked for
+            self.run.discard()
+            self.run = None
+        self._say(closing.after_fit(self.trainer, self.run and self.run.folder, self.config.fit))
 
     def after_test(self) -> None:
-        if self.run is not None:
-            self._say(
-                f"{self.run.folder}: {WRITTEN[self.subcommand]}. Look: tensorboard --logdir {self.run.folder.parent}"
-            )
+        self._say(closing.after_evaluation(self.subcommand, self.run and self.run.folder))
 
     after_validate = after_predict = after_test
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero and not self.config[self.subcommand].quiet:
-            peaks = ", ".join(f"{mib:,.0f} MiB of {name}" for name, mib in peak_memory().items())
-            print(f"{text}\nPeak: {peaks}" if peaks else text)
-
-
-def specs(value: list | Namespace | bool | None) -> list[Namespace]:
-    """The classes with their options that a config's key names, of which it may hold one or a list."""
-    return [spec for spec in (value if isinstance(value, list) else [value]) if hasattr(spec, "class_path")]
-
-
-def runs_folder(config: Namespace) -> Path:
-    """`<save_dir>/<name>` of the first logger; the name defaults to the model's class, in snake case."""
-    named = [spec.init_args for spec in specs(config.trainer.logger) if spec.init_args.get("save_dir")]
-    logger = named[0] if named else {}
-    name, model = logger.get("name"), config.model.class_path.rsplit(".", 1)[-1]
-    if name in (None, "lightning_logs"):  # Lightning's default
-        name = snake_case(model)
-    return Path(logger.get("save_dir") or "runs") / name
-
-
-def snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-
-
-def has_folder(logger: Logger) -> bool:
-    return isinstance(logger, TensorBoardLogger | CSVLogger)
-
-
-def write_into(folder: Path, logger: Logger, spec: Namespace | None) -> Logger:
-    """The same logger for `folder`, where it is one that writes files."""
-    if not has_folder(logger):
-        return logger
-    options = {} if spec is None else dict(spec.init_args)
-    place = {"save_dir": str(folder.parent.parent), "name": folder.parent.name, "version": folder.name}
-    return type(logger)(**{**options, **place})
+            print("\n".join([text, *([f"Peak: {peak}"] if (peak := closing.peak()) else [])]))
 
 
 def bf16_is_native() -> bool:

@@ -1,9 +1,13 @@
 """What a user can mend, as one line: `main.py` and `reproduce.py` print it on stderr and exit with 2."""
 
 import argparse
+import io
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -19,6 +23,15 @@ def require(valid: bool, name: str, value: Any, expected: str) -> None:
     """Raises InputError unless `valid`: option `name` with its `value`, and what was `expected`."""
     if not valid:
         raise InputError(f"{name} {value}: must be {expected}")
+
+
+def local_path(text: str | Path) -> Path:
+    """A path of this machine, with a leading `~` and `$VARIABLE`s replaced. Raises InputError for an unset variable."""
+    path = Path(os.path.expandvars(text)).expanduser()
+    unset = re.search(r"\$(\w+|\{\w+\})", str(path))
+    if unset is not None and not path.exists():  # a dollar may be part of a name
+        raise InputError(f"{text}: the variable {unset[1].strip('{}')} is not set")
+    return path
 
 
 def first_line(error: BaseException) -> str:
@@ -44,12 +57,24 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def one_line(program: str, function: Callable[[], Any]) -> int:
-    """Calls `function`; an InputError becomes one line on stderr and exit code 2. DEBUG=1 shows its traceback."""
+    """Calls `function`; an InputError becomes one line on stderr and exit code 2. DEBUG=1 shows its traceback.
+
+    Of several processes that Lightning has started, one reports what all of them find. A sign that the output's
+    encoding does not have is replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    starter = os.getppid()
     try:
         function()
     except InputError as error:
         if os.environ.get("DEBUG") == "1":
             raise
+        if int(os.environ.get("LOCAL_RANK") or 0) > 0:
+            time.sleep(2)  # by then the process that has started this one has ended too, if it found the same
+            if os.getppid() != starter:
+                return 2
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -24,11 +24,13 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from callbacks.frozen_encoder import import_encoder_module
+from checkpoint_file import load_checkpoint
 from datamodules.in_memory import InMemoryDataModule
 from errors import InputError, OneLineParser, causes, first_line
+from files import write
 from lightning_modules import Stage, TripletEncoder
 from lightning_modules.encoders.contract import weights_sha256
-from run_folder import Run, load_checkpoint, resolve_checkpoint, write
+from run_folder import Run, resolve_checkpoint
 
 SUFFIXES = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 VERIFIED, BATCH, TOLERANCE = 1000, 256, 1e-4

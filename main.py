@@ -20,9 +20,11 @@ import logging
 import os
 import platform
 import sys
+import traceback
 import warnings
 
 from errors import InputError, causes, one_line
+from threads import first_reading
 
 
 def main(args: list[str] | None = None):
@@ -32,6 +34,8 @@ def main(args: list[str] | None = None):
         from export import export
 
         return export(given[1:])
+    first_reading()
+    os.environ.pop("MPLBACKEND", None)  # a notebook's is not installed here, and figures are drawn without one
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from cli import CLI
@@ -42,9 +46,19 @@ def main(args: list[str] | None = None):
         return CLI(args, __doc__)
     except Exception as error:
         found = next((e for e in causes(error) if isinstance(e, InputError | MisconfigurationException)), None)
+        if found is None and refused_by_lightning(error):
+            found = error
         if found is None:
             raise
         raise InputError(str(found)) from error
+
+
+def refused_by_lightning(error: Exception) -> bool:
+    """Whether Lightning itself raised the error: about an option, such as a metric to monitor that nobody logs."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    name = frame.f_globals.get("__name__", "")
+    kinds = RuntimeError | ValueError | TypeError | NotImplementedError | ImportError
+    return isinstance(error, kinds) and name.startswith(("pytorch_lightning.", "lightning_fabric."))
 
 
 def keep_freed_memory() -> None:

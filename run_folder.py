@@ -1,72 +1,49 @@
-"""The folder of a run: what lies where, which checkpoint a name means, whole-or-nothing writing, safe reading."""
+"""The folder of a run: what lies where, who has claimed it, which checkpoint a name means."""
 
 import contextlib
-import json
 import os
-import pickle
 import warnings
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
-import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning import Trainer
-from torch import Tensor
+from pytorch_lightning.loggers import Logger
 
+from checkpoint_file import LAST, PREVIOUS, STEP0, check_archive, load_checkpoint
 from errors import InputError, first_line, require
+from files import read_json
 
 FINISHED = "finished.json"  # written when a fit has ended
-STEP0, LAST, PREVIOUS = "step0.ckpt", "last.ckpt", "previous.ckpt"  # untrained; to resume from; the one before that
 
 
-def write(path: Path, content: str | bytes | Callable[[BinaryIO], object], keep: str | None = None) -> None:
-    """Writes a file whole or not at all, whenever the process is killed or the disk is full; text as UTF-8.
+class FolderLogger(Logger):
+    """Logs nothing. Tells Lightning and the callbacks a run's folder, whatever other loggers there are: none, or some
+    that write elsewhere. None on all processes but the first."""
 
-    `content` may be a function that writes into the open file. `keep`: the name that a file already there gets.
-    Raises InputError where the disk is full or may not be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            if callable(content):
-                content(file)
-            else:
-                file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(path.with_name(keep))
-        temporary.replace(path)
-        with contextlib.suppress(OSError):  # not every system can open a folder, or sync one
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # the new name too
-            finally:
-                os.close(folder)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({first_line(error)})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__()
+        self._folder = folder
 
+    @property
+    def log_dir(self) -> str | None:
+        return self._folder and str(self._folder)
 
-class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of checkpoints by `load_checkpoint` and `write`."""
+    @property
+    def save_dir(self) -> str | None:
+        return self._folder and str(self._folder.parent.parent)
 
-    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
-        path = Path(path)
-        try:
-            write(path, lambda file: torch.save(checkpoint, file), keep=PREVIOUS if path.name == LAST else None)
-        except (InputError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-            cause = first_line(error.__cause__ or error)
-            why = f"{path}: the checkpoint cannot be written ({cause}); earlier ones are intact"
-            raise InputError(f"{why}: make room and resume with --ckpt_path last") from error
+    @property
+    def name(self) -> str:
+        return self._folder.parent.name if self._folder else ""
 
-    def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict:
-        return load_checkpoint(Path(path))
+    @property
+    def version(self) -> str:
+        return self._folder.name if self._folder else ""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+    def log_hyperparams(self, *args, **kwargs) -> None:
+        pass
 
 
 def folder_of(trainer: Trainer) -> Path | None:
@@ -74,7 +51,8 @@ def folder_of(trainer: Trainer) -> Path | None:
     on all processes but the first."""
     if not trainer.is_global_zero or trainer.fast_dev_run:
         return None
-    return next((Path(logger.log_dir) for logger in trainer.loggers if logger.log_dir), None)
+    folders = [logger.log_dir for logger in trainer.loggers if logger.log_dir]
+    return Path(folders[-1]) if folders else None  # the last one: FolderLogger's, where there is one
 
 
 def shared_folder(trainer: Trainer) -> Path | None:
@@ -119,17 +97,22 @@ class Run:
         n, name = max(taken, default=-1) + 1, number if isinstance(number, str) else f"{stem}_{number}"
         plain = Path(name).name == name and name not in ("", "..")
         require(number is None or plain, "trainer.logger.version", number, "the name of a folder")
-        while True:
-            run = cls(parent / (f"{stem}_{n}" if number is None else name))
-            run._made = [p for p in (run.folder, *run.folder.parents) if not p.exists()]
-            try:
-                run.folder.mkdir(parents=True, exist_ok=number is not None)
-                return run.resume()
-            except FileExistsError:
-                n += 1
-            except OSError as error:
-                why = f"{run.folder}: cannot be made ({error.strerror})"
-                raise InputError(f"{why}; give --trainer.logger.save_dir") from error
+        made = [p for p in (parent, *parent.parents) if not p.exists()]
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                run = cls(parent / (f"{stem}_{n}" if number is None else name))
+                run._made = made if run.folder.exists() else [run.folder, *made]
+                try:
+                    run.folder.mkdir(exist_ok=number is not None)
+                    return run.resume()
+                except FileExistsError:
+                    if number is not None:
+                        raise
+                    n += 1
+        except OSError as error:
+            why = f"{parent / (name if number is not None else stem)}: cannot be made ({first_line(error)})"
+            raise InputError(f"{why}; give another --trainer.logger.save_dir") from error
 
     def resume(self) -> "Run":
         """Claims the folder as it is."""
@@ -153,11 +136,11 @@ class Run:
     @property
     def finished(self) -> dict | None:
         """What the fit noted when it ended; None where it has not."""
-        try:
-            return json.loads((self.folder / FINISHED).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (self.folder / FINISHED).exists():
             return None
-        except ValueError:  # damaged, but there
+        try:
+            return read_json(self.folder / FINISHED)
+        except InputError:  # damaged, but there
             return {}
 
     def last(self, untrained: bool = False) -> Path:
@@ -181,7 +164,7 @@ class Run:
     def best(self) -> Path:
         """The best checkpoint by validation, or the last where none was. Raises InputError where it is gone."""
         best = (self.finished or {}).get("best")
-        if best is None:
+        if not isinstance(best, str):
             last = self.last()
             states = load_checkpoint(last).get("callbacks", {})
             kept = [s for key, s in states.items() if "Checkpoint{" in key and s.get("monitor") is not None]
@@ -208,41 +191,3 @@ def resolve_checkpoint(path: str, runs: Path, resume: bool = False) -> Path:
     if not Path(path).is_dir():
         raise InputError(f"checkpoint {path}: no such file or run folder")
     return Run(Path(path)).last(untrained=True) if resume else Run(Path(path)).best()
-
-
-def check_archive(path: Path) -> None:
-    """Raises InputError where a checkpoint file is damaged: a byte differs from its checksum, or it claims too much."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # torch.save stores without compression: what unpacks to more than the file's size is made to fill memory.
-            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                raise InputError(f"{path}: claims to hold more than the file's size; it is not loaded")
-            if (damaged := archive.testzip()) is not None:
-                raise InputError(f"{path}: damaged ({damaged} differs from its checksum)")
-    except InputError:
-        raise
-    except Exception as error:  # of whatever kind damaged bytes lead zipfile to
-        raise InputError(f"{path}: damaged or not a checkpoint ({first_line(error)})") from error
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Reads a Lightning checkpoint onto the CPU, tensors and plain types only (`weights_only=True`).
-
-    Raises InputError where the file is damaged, claims more than it holds, or is not a checkpoint with weights.
-    """
-    check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about forms of storage that no checkpoint of ours has
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path}: damaged, or holds more than tensors and plain types; it is not loaded") from error
-    except Exception as error:  # of whatever kind a damaged pickle leads torch's reader to
-        raise InputError(f"{path}: damaged or not a checkpoint ({first_line(error)})") from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise InputError(f"{path}: not a Lightning checkpoint (no state_dict in it)")
-    for name, tensor in checkpoint["state_dict"].items():
-        plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if not isinstance(name, str) or not plain:
-            raise InputError(f"{path}: its state_dict holds more than plain tensors ({str(name)[:80]}); fit again")
-    return checkpoint

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from datamodules.in_memory import InMemoryDataModule
 from errors import OneLineParser, one_line
+from files import write
 from lightning_modules import Stage, TripletEncoder
 from main import main as command
-from run_folder import write
 
 ROOT = Path(__file__).parent.parent
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+
+from run_folder import shared_folder
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -26,6 +28,12 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         once = {"enable_version_counter": False, "save_on_train_epoch_end": False}
         super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, filename=filename, **once)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = shared_folder(trainer)
+        if self.dirpath is None and folder is not None:  # Lightning would take the first logger's
+            self.dirpath = str(folder / "checkpoints")
+        super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Lightning forgets the best where the folder's name differs, as after a move: the files count, not their names.

@@ -3,14 +3,13 @@
 import csv
 import io
 import time
-from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_warn
 
 from callbacks.figures import draw_curves, save
-from run_folder import folder_of, write
+from files import write
+from run_folder import folder_of
 
 DRAW_EVERY = 60.0  # seconds: drawing takes longer than an epoch of a small stage
 
@@ -30,12 +29,14 @@ class Curves(Callback):
         self.rows: dict[int, dict[str, float]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path, self._drawn_at = self._path(trainer), time.monotonic()
-        if path is not None and path.is_file():
-            rows, damaged = read_rows(path.read_text(encoding="utf-8", errors="replace"))
+        folder, self._drawn_at = folder_of(trainer), time.monotonic()
+        if folder is not None and (path := folder / "metrics.csv").is_file():
+            text = path.read_bytes()
+            rows, damaged = read_rows(text.decode(errors="replace"))
             self.rows = {step: row for step, row in rows.items() if step <= trainer.global_step}
             if damaged:
-                rank_zero_warn(f"{path}: damaged lines are dropped ({damaged})")
+                write(kept := path.with_name("metrics_damaged.csv"), text)
+                rank_zero_warn(f"{path}: damaged lines are dropped ({damaged}); {kept} keeps the file as it was")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -43,24 +44,20 @@ class Curves(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, "train/", lr=trainer.optimizers[0].param_groups[0]["lr"])
-        if (path := self._path(trainer)) is not None:
+        if (folder := folder_of(trainer)) is not None:
             names = sorted({name for row in self.rows.values() for name in row} - {"epoch", "lr"})
             text = io.StringIO()
             writer = csv.DictWriter(text, ["step", "epoch", "lr", *names], lineterminator="\n")
             writer.writeheader()
             writer.writerows({"step": step, **row} for step, row in sorted(self.rows.items()))
-            write(path, text.getvalue())
+            write(folder / "metrics.csv", text.getvalue())
         if self.pictures and folder_of(trainer) is not None and time.monotonic() - self._drawn_at > DRAW_EVERY:
-            save(trainer, draw_curves(self.rows), file="curves.png")
+            save(trainer, draw_curves(self.rows), "curves.png")
             self._drawn_at = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pictures and self.rows and folder_of(trainer) is not None:
-            save(trainer, draw_curves(self.rows), "curves", "curves.png")
-
-    def _path(self, trainer: Trainer) -> Path | None:
-        folder, own = folder_of(trainer), not any(isinstance(logger, CSVLogger) for logger in trainer.loggers)
-        return folder / "metrics.csv" if folder is not None and own else None  # CSVLogger writes one itself
+            save(trainer, draw_curves(self.rows), "curves.png", "curves")
 
     def _record(self, trainer: Trainer, prefix: str, **more: float) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}

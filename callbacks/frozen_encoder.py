@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import StochasticWeightAveraging
 
+from checkpoint_file import load_checkpoint
 from errors import InputError, first_line
 from lightning_modules.encoders.contract import Encoder, build_encoder, encoder_weights
 from lightning_modules.probe import Probe
-from run_folder import Run, load_checkpoint, resolve_checkpoint
+from run_folder import Run, resolve_checkpoint
 
 
 class FrozenEncoder(Callback):
@@ -22,15 +24,18 @@ class FrozenEncoder(Callback):
 
     Args:
         run: checkpoint file or run folder of an encoder (of a folder, the best checkpoint by validation); null: the
-            newest finished run in `<save_dir>/triplet_encoder` (FineTune: in `<save_dir>/linear_probe`).
+            newest finished run in `<runs>/triplet_encoder` (FineTune: in `<runs>/linear_probe`, if there is one).
+        runs: folder of all stages' runs; the command line gives the one that this fit's run goes into.
         cache: compute features once; false: in every step, with bit-identical results in float32.
         encoder_module: the Python module of an encoder class of your own. A checkpoint names its class and imports
             nothing.
     """
 
-    def __init__(self, run: str | None = None, cache: bool = True, encoder_module: str | None = None) -> None:
+    def __init__(
+        self, run: str | None = None, cache: bool = True, encoder_module: str | None = None, runs: str | None = None
+    ) -> None:
         import_encoder_module("frozen_encoder.encoder_module", encoder_module)
-        self.run, self.cache = run, cache
+        self.run, self.cache, self.runs = run, cache, Path(runs or "runs")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Probe):
@@ -40,14 +45,18 @@ class FrozenEncoder(Callback):
             return
         if stage != "fit" or pl_module.encoder is not None:
             return
-        runs = Path(trainer.logger.save_dir if trainer.logger else "runs") / pl_module.starts_from
-        runs = Path(trainer.strategy.broadcast(str(runs)))  # a resumed run may lie elsewhere
-        path = resolve_checkpoint(self.run, runs) if self.run else Run.newest(runs).best()
+        if not pl_module.trains_encoder and any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):
+            raise InputError("StochasticWeightAveraging would reset the frozen encoder's BatchNorm; leave it out")
+        runs = [self.runs / name for name in pl_module.starts_from]
+        newest = next((r for r in runs if any(run.finished is not None for run in Run.all(r))), runs[0])
+        path = resolve_checkpoint(self.run, newest) if self.run else Run.newest(newest).best()
         checkpoint = load_checkpoint(path)
         encoder = encoder_from_checkpoint(path, checkpoint).to(trainer.strategy.root_device)
         _check_data(path, checkpoint, trainer.datamodule)
         pl_module.adopt(encoder, checkpoint)
         if self.cache and not pl_module.trains_encoder and not trainer.datamodule.augments:
+            # Lightning casts the whole stage later: the features are those of the weights that validate and test read.
+            trainer.precision_plugin.convert_module(encoder)
             with trainer.precision_plugin.forward_context():
                 loaders = [trainer.datamodule.evaluation_loader(split) for split in ("train", "val")]
                 features = encoder.embed_all(loaders[0], single_view=True), encoder.embed_all(loaders[1])

@@ -9,8 +9,9 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
+from checkpoint_file import LAST, STEP0
 from errors import InputError, require
-from run_folder import LAST, STEP0, shared_folder
+from run_folder import shared_folder
 
 
 class LastCheckpoint(Checkpoint):

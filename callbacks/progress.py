@@ -15,6 +15,10 @@ class Progress(TQDMProgressBar):
     which would take a second line.
     """
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._began, self._first = 0.0, None  # there may be validations before a fit's first step
+
     def init_train_tqdm(self) -> tqdm:
         bar = super().init_train_tqdm()
         bar.bar_format = "{desc}{postfix} {bar}"
@@ -39,8 +43,8 @@ class Progress(TQDMProgressBar):
             shown["loss"] = f"{metrics['loss']:.3g}"
         if "val/accuracy" in metrics:
             shown["val"] = f"{metrics['val/accuracy']:.3f}"
-        steps, total = trainer.global_step - self._first, trainer.estimated_stepping_batches
-        if steps and math.isfinite(total):
+        steps = 0 if self._first is None else trainer.global_step - self._first
+        if steps and math.isfinite(total := trainer.estimated_stepping_batches):
             left = (time.monotonic() - self._began) / steps * (total - trainer.global_step)
             shown["left"] = tqdm.format_interval(left)
         if "images/s" in metrics:

@@ -15,10 +15,11 @@ from lightning_modules.retrieval import STATISTICS, retrieval_metrics, retrieval
 class RetrievalMonitor(Callback):
     """Logs `val_sample/knn_accuracy` and the other metrics of `retrieval_statistics` after every validation of a fit.
 
-    The queries are a sample of the validation images. The bank are the training images of the epoch's last steps, with
-    the features they had then: augmented, under the weights and batch statistics of their step. That costs no pass
-    through the network and is an estimate; `validate` and `test` compute the metrics in full. A figure of the queries'
-    two principal components goes to TensorBoard as `val_sample/pca`. Does nothing for other stages than TripletEncoder.
+    The queries are a sample of the validation images. The bank are the training images of the epoch's last steps,
+    with the features they had then: augmented, under the weights and batch statistics of their step. That costs no
+    pass through the network and is an estimate; `validate` and `test` compute the metrics in full. A figure of the
+    queries' two principal components goes into `pca.png` and to TensorBoard as `val_sample/pca`. Does nothing for
+    other stages than TripletEncoder.
 
     Args:
         queries: validation images, evenly spread over the split.
@@ -75,4 +76,5 @@ class RetrievalMonitor(Callback):
         pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
         pl_module.log_dict({f"val_sample/{name}": value for name, value in metrics.items()}, sync_dist=True)
         if self.pictures and trainer.loggers and trainer.is_global_zero and queries.isfinite().all():
-            save(trainer, draw_pca(queries.cpu().double(), labels.cpu(), pl_module.class_names), "val_sample/pca")
+            figure = draw_pca(queries.cpu().double(), labels.cpu(), pl_module.class_names)
+            save(trainer, figure, "pca.png", "val_sample/pca")

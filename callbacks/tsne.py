@@ -3,16 +3,17 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from sklearn.manifold import TSNE as SklearnTSNE
 from torch import Tensor
 
 from callbacks.figures import draw_tsne, save, tensorboards
+from checkpoint_file import load_checkpoint
 from errors import require
 from lightning_modules.encoder_stage import EncoderStage
-from run_folder import Run, folder_of, load_checkpoint
+from lightning_modules.triplet_encoder import nearest_labels
+from run_folder import Run, folder_of
 
 
 class TSNE(Callback):
@@ -49,19 +50,19 @@ class TSNE(Callback):
                 weights = load_checkpoint(step0)["state_dict"].items()
                 encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights if k.startswith("encoder.")})
                 found = {"before training": encoder.embed_all(loader, shifted=False).cpu(), **found}
-        if not all(x.std(0).max() > 0 for x in found.values()):  # NaN too; scikit-learn survives neither
+        if not all(x.std(0, correction=0).max() > 0 for x in found.values()):  # NaN too; scikit-learn survives neither
             rank_zero_warn("no tsne.png: the encoder gives every image the same features, or none that are finite")
             return
         tsne = SklearnTSNE(perplexity=min(self.perplexity, (len(index) - 1) / 3), max_iter=500, random_state=0)
         points = {when: torch.from_numpy(tsne.fit_transform(x.numpy())) for when, x in found.items()}
-        save(trainer, draw_tsne(points, labels, pl_module.class_names), "tsne", "tsne.png")
+        save(trainer, draw_tsne(points, labels, pl_module.class_names), "tsne.png", "tsne")
         project(trainer, found["after training"], images, labels, pl_module.class_names)
 
 
 def project(trainer: Trainer, features: Tensor, images: Tensor, labels: Tensor, names: list[str]) -> None:
     """Adds features (N, D) of images (N, 32, 32, 3) uint8 with labels (N,) to TensorBoard's projector."""
-    unit = F.normalize(features, dim=1)
-    nearest = labels[(unit @ unit.T).fill_diagonal_(-1).argmax(1)]
+    nearest = nearest_labels(features, labels, 0, len(labels))
+    names = [" ".join(name.split()) for name in names]  # a row is a line, its cells are divided by tabs
     rows = [(names[own], names[other]) for own, other in zip(labels.tolist(), nearest.tolist())]
     pixels, head = images.permute(0, 3, 1, 2).float() / 255, ["class", "nearest neighbour's class"]
     for logger in tensorboards(trainer):

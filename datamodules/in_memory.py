@@ -87,13 +87,17 @@ class InMemoryDataModule(LightningDataModule):
         if stage == "fit":
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
         if stage in ("fit", "validate"):
-            count, processes = len(self.split("train").labels), self.trainer.world_size
-            fits = stage == "validate" or self.batch_size <= count
-            require(fits, "data.batch_size", self.batch_size, f"at most the {count} training images")
-            shared = f"a multiple of the {processes} processes, which share each batch"
-            require(self.batch_size % processes == 0, "data.batch_size", self.batch_size, shared)
+            self.split("train")
+            if stage == "fit":
+                self._check_batch_size()
+            shared = f"a multiple of the {self.trainer.world_size} processes, which share each batch"
+            require(self.batch_size % self.trainer.world_size == 0, "data.batch_size", self.batch_size, shared)
         elif self.split("test").labels is None and stage == "test":
             raise InputError("the test file has no labels: it serves predict only; give data.test_npz one with labels")
+
+    def _check_batch_size(self) -> None:
+        count = len(self.split("train").labels)
+        require(self.batch_size <= count, "data.batch_size", self.batch_size, f"at most the {count} training images")
 
     def split(self, name: str) -> ImageSet:
         """The images and labels of `train`, `val` or `test`, read when first asked for."""
@@ -139,7 +143,9 @@ class InMemoryDataModule(LightningDataModule):
         return self._loader(name, *chosen, rank=0, world_size=1)
 
     def train_dataloader(self) -> BatchLoader:
+        self._check_batch_size()  # a callback such as BatchSizeFinder may have set it
         drawn = {"flip": self.flip, "translate": self.translate, "cutout": self.cutout} if self.augments else {}
+        drawn["reshuffle"] = self.trainer.overfit_batches == 0
         return self._loader("train", *self._cached.get("train", self.split("train")), seed=self._seed, **drawn)
 
     def val_dataloader(self) -> BatchLoader:

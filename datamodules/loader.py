@@ -22,8 +22,9 @@ class BatchLoader:
 
     Training (`seed` given): the order is drawn from (seed, epoch) and the augmentation from (seed, epoch, batch) for
     the global batch of `batch_size`. Each of `world_size` processes cuts its own equal slice of it, so together they
-    see what one process would see. The last incomplete global batch is dropped. A fit that is resumed in the middle of
-    an epoch (`load_state_dict`) continues behind the last batch delivered.
+    see what one process would see. The last incomplete global batch is dropped. Without `reshuffle` every epoch has the
+    first one's order, so a limited number of batches has the same images each time (`overfit_batches`). A fit that is
+    resumed in the middle of an epoch (`load_state_dict`) continues behind the last batch delivered.
     Evaluation (`seed` None): every process gets its own run of whole batches, the same batches as on one process, each
     image exactly once over all of them (and a batch of no images where there are fewer batches than processes).
 
@@ -43,11 +44,13 @@ class BatchLoader:
         flip: bool = False,
         translate: int = 0,
         cutout: int = 0,
+        reshuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.labels, self.batch_size, self.seed, self.flip, self.cutout = labels, batch_size, seed, flip, cutout
         self.rank, self.world_size, self.num_samples, self.epoch = rank, world_size, len(inputs), 0
+        self.reshuffle = reshuffle
         self.translate = 0 if seed is None or inputs.ndim == 2 else translate
         self._delivered = self._resumed = (0, 0)  # epoch, batches of it
         # torchvision's arrays are views with another order of their dimensions
@@ -86,7 +89,8 @@ class BatchLoader:
             block = torch.arange(self.num_samples, device=device)[self.block.start : self.block.stop]
             yield from map(self._cut, block.split(self.batch_size))
             return
-        order = torch.randperm(self.num_samples, generator=batch_generator(self.seed, self.epoch))
+        key = (self.seed, self.epoch if self.reshuffle else 0)
+        order = torch.randperm(self.num_samples, generator=batch_generator(*key))
         parity = torch.rand(self.num_samples, generator=batch_generator(self.seed)) < 0.5
         mine = slice(*(self.batch_size * r // self.world_size for r in (self.rank, self.rank + 1)))
         epoch, start = self._resumed

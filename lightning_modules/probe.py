@@ -35,17 +35,17 @@ class Probe(Stage):
     `encoder` is None until `adopt` (in a fit) or the probe's own checkpoint (test, predict) brings one. Inputs are
     images (B, 3, 32, 32) in [0, 1], or features (B, D) where they were computed beforehand. The head trains on the
     features of single views and is evaluated on `Encoder.embed`, the mean over views: training on means too would cost
-    further passes over the training images. A checkpoint holds the encoder's SHA-256, which is compared whenever the
-    probe is loaded.
+    further passes over the training images. A checkpoint holds two digests (SHA-256): that of the encoder that was
+    handed over, and that of its weights in this fit's precision, which are compared whenever the probe is loaded.
     """
 
-    starts_from = "triplet_encoder"  # the stage whose newest finished run gives the encoder, unless one is named
+    starts_from = ("triplet_encoder",)  # stages: the newest finished run of the first that has one gives the encoder
     trains_encoder = False
     encoder: Encoder | None  # no default here: a class attribute would hide the submodule
 
     def __init__(self, num_classes: int = 10, **kwargs) -> None:
         super().__init__(num_classes, **kwargs)
-        self.encoder, self.encoder_sha256 = None, None
+        self.encoder, self.encoder_sha256, self.frozen_sha256 = None, None, None
 
     def build_head(self, feature_dim: int) -> nn.Module:
         """Features (B, `feature_dim`) → logits (B, num_classes)."""
@@ -100,12 +100,23 @@ class Probe(Stage):
                 "this probe was fitted on another encoder than this one; give the same --frozen_encoder.run"
             )
         found = weights_sha256(encoder_weights(checkpoint["state_dict"]))
-        if not self.trains_encoder and found != self.encoder_sha256:
+        if not self.trains_encoder and found != checkpoint.get("frozen_sha256"):
             raise InputError("the encoder in this probe's checkpoint is not the one it was fitted on; fit it again")
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.frozen_sha256 = self.frozen_sha256 or weights_sha256(self.encoder.state_dict())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        self.frozen_sha256 = self.frozen_sha256 or weights_sha256(self.encoder.state_dict())
+        checkpoint["frozen_sha256"] = self.frozen_sha256
+
     def on_train_end(self) -> None:
-        if not self.trains_encoder and weights_sha256(self.encoder.state_dict()) != self.encoder_sha256:
-            raise RuntimeError("the frozen encoder changed while the probe was fitted; do not use this probe")
+        if not self.trains_encoder and weights_sha256(self.encoder.state_dict()) != self.frozen_sha256:
+            raise InputError(
+                "the frozen encoder has changed while the probe was fitted; leave out the callback that did so"
+            )
 
     def train(self, mode: bool = True) -> "Probe":
         super().train(mode)
@@ -123,8 +134,8 @@ class Probe(Stage):
         features = inputs
         if inputs.ndim > 2:
             features = self.encoder(inputs).float() if self.training else self.encoder.embed(inputs)
-        with torch.autocast(features.device.type, enabled=False):  # the head stays in float32
-            return self.head(self.standardize(features))
+        with torch.autocast(features.device.type, enabled=False):  # the head computes in its weights' type
+            return self.head(self.standardize(features.to(self.standardize.mean.dtype)))
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output, labels)

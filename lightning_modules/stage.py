@@ -1,61 +1,36 @@
-"""What every stage shares: its steps, its means, its optimiser, and what its checkpoint says of itself."""
+"""What every stage shares: its steps, its means, and what its checkpoint says of itself."""
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from errors import InputError, require
 from lightning_modules.distributed import share_batch_norm
 from lightning_modules.identity import agree, check_shapes
 from lightning_modules.means import Mean
-from lightning_modules.schedule import triangle
+from lightning_modules.optimization import Optimization
 
 Batch = tuple[Tensor, Tensor]
 
 
-class Stage(LightningModule):
+class Stage(Optimization):
     """A training stage: `forward(images) → output`, `loss(output, labels)`, `predicted_classes(output)`.
 
     Logs `<split>/loss` and `<split>/accuracy` for train, val and test: exact means over the images of an epoch.
 
     Args:
         num_classes: number of classes; linked to the data by the command line.
-        lr: learning rate, the peak one for the triangular schedule.
-        optimizer: SGD (with Nesterov momentum where `momentum` > 0), Adam or AdamW.
-        momentum: SGD's momentum.
-        weight_decay: the optimiser's, on weights of two or more dimensions.
-        l2_lambda: λ of ½λ‖W‖² added to the training loss over the same weights (logged losses are without it).
-        schedule: `constant`; `triangular`: linearly up over the share `warmup` of all steps, then down to zero;
-            `plateau`: × `plateau_factor` after `plateau_patience` validations without a lower loss.
+        l2_lambda: λ of ½λ‖W‖² added to the training loss over the weights that `weight_decay` is about (logged losses
+            are without it).
     """
 
-    def __init__(
-        self,
-        num_classes: int = 10,
-        lr: float = 0.1,
-        optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        l2_lambda: float = 0.0,
-        schedule: Literal["constant", "triangular", "plateau"] = "constant",
-        warmup: float = 0.2,
-        plateau_factor: float = 0.6,
-        plateau_patience: int = 20,
-    ) -> None:
-        super().__init__()
-        self.save_hyperparameters(ignore=["encoder", "loss"])
+    def __init__(self, num_classes: int = 10, l2_lambda: float = 0.0, **kwargs) -> None:
+        super().__init__(**kwargs)
         require(num_classes >= 2, "model.num_classes", num_classes, "at least 2")
-        require(lr > 0, "model.lr", lr, "above 0")
-        require(0 <= momentum < 1, "model.momentum", momentum, "in [0, 1)")
-        require(weight_decay >= 0, "model.weight_decay", weight_decay, "0 or more")
         require(l2_lambda >= 0, "model.l2_lambda", l2_lambda, "0 or more")
-        require(0 <= warmup < 1, "model.warmup", warmup, "in [0, 1)")
-        require(0 < plateau_factor < 1, "model.plateau_factor", plateau_factor, "in (0, 1)")
-        require(plateau_patience >= 0, "model.plateau_patience", plateau_patience, "0 or more")
-        self.num_classes, self.lr, self.l2_lambda = num_classes, lr, l2_lambda
+        self.num_classes, self.l2_lambda = num_classes, l2_lambda
         self.class_names: list[str] | None = None
         self.means = nn.ModuleDict(
             {f"{s}/{name}": Mean() for s in ("train", "val", "test") for name in ("loss", "accuracy")}
@@ -100,6 +75,7 @@ class Stage(LightningModule):
             share_batch_norm(self)
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         self._announced = False
         for name, (sums, count) in self._kept_means.items():
             self.means[name].update(sums.to(self.device), count.to(self.device))
@@ -158,45 +134,6 @@ class Stage(LightningModule):
             return 0.0
         return self.l2_lambda / 2 * sum(w.square().sum() for w in self.decaying() if w.ndim > 1)
 
-    def decaying(self) -> list[nn.Parameter]:
-        """The weights that `weight_decay` and `l2_lambda` are about; of these, those of two or more dimensions."""
-        return [p for p in self.parameters() if p.requires_grad]
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """The optimiser's: weights of two or more dimensions decay, biases and scales do not."""
-        return [
-            {"params": [p for p in self.decaying() if p.ndim > 1], "weight_decay": self.hparams.weight_decay},
-            {"params": [p for p in self.decaying() if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        options, groups = self.hparams, self.parameter_groups()
-        if options.optimizer == "sgd":
-            momentum = options.momentum
-            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=momentum, nesterov=momentum > 0)
-        else:
-            kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
-            optimizer = kind(groups, lr=self.lr)
-        if options.schedule == "triangular":
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, triangle(self.total_steps, options.warmup))
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-        if options.schedule == "plateau":
-            factor, patience = options.plateau_factor, options.plateau_patience
-            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=factor, patience=patience)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
-        return {"optimizer": optimizer}
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole fit. (Trainer.estimated_stepping_batches would set the loaders up too early.)"""
-        limit, batches = self.trainer.limit_train_batches, self.trainer.datamodule.batches_per_epoch
-        batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-        by_epochs = -(-batches // self.trainer.accumulate_grad_batches) * (self.trainer.max_epochs or 1000)
-        limits = [n for n in (by_epochs, self.trainer.max_steps) if n > 0]
-        if not limits:
-            raise InputError("the triangular schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        return min(limits)
-
     @property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the module that loads it; plain types."""
@@ -210,6 +147,7 @@ class Stage(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["stage"] = {**self.identity, **self.training_identity}
         checkpoint["data"] = self.trainer.datamodule.fingerprint
+        super().on_save_checkpoint(checkpoint)
         if self.trainer.state.fn == "fit" and not self.trainer.is_last_batch:
             # What all processes have summed up in an epoch that is not over; the first one takes it back.
             reduce = self.trainer.strategy.reduce
@@ -229,6 +167,8 @@ class Stage(LightningModule):
         agree("", identity, checkpoint.get("stage"))
         agree("data.", self.trainer.datamodule.fingerprint, checkpoint.get("data"))
         check_shapes(self, checkpoint["state_dict"])
+        if self.trainer.state.fn == "fit":
+            super().on_load_checkpoint(checkpoint)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Takes over a checkpoint of this class outside a Trainer: class names and every weight; for evaluation.

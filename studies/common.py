@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import fit
-from run_folder import Run, write
+from files import write
+from run_folder import Run
 
 
 class Fits:

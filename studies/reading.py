@@ -17,10 +17,11 @@ from torch import Tensor
 
 from benchmarks.common import QUIET, Rows, run, shipped
 from callbacks.frozen_encoder import encoder_from_checkpoint
+from checkpoint_file import load_checkpoint
 from datamodules.arrays import ImageSet
 from datamodules.loader import BatchLoader
 from lightning_modules.encoders.contract import Encoder, view
-from run_folder import load_checkpoint, resolve_checkpoint
+from run_folder import resolve_checkpoint
 from studies.common import encoder_run
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: before torch counts the cores, here and in children
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch counts the cores, here and in children: there is a worker for each core, and tests that compare bits want
+# a fixed number of threads, whatever else runs.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from errors import one_line
 from main import main
@@ -24,8 +25,11 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def tiny(tmp_path):
     """A folder with 300 training and 60 test images of the ten classes; each class has its own brightness."""
+    return write_tiny(tmp_path / "data")
+
+
+def write_tiny(folder):
     rng = np.random.default_rng(0)
-    folder = tmp_path / "data"
     folder.mkdir()
     for name, count in (("train", 300), ("test", 60)):
         labels = np.arange(count) % 10

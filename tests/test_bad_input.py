@@ -296,14 +296,6 @@ def test_predict_of_an_encoder_wants_the_images_it_was_trained_on(tmp_path, tiny
     refused("predict", "triplet_encoder", *options, "--ckpt_path=best", words=["data.train_sha256"])
 
 
-def test_predict_wants_a_folder(tmp_path, run, refused):
-    run("fit", "softmax_regression")
-    folder = tmp_path / "runs" / "softmax_regression" / "version_0"
-    refused(
-        "predict", "softmax_regression", f"--ckpt_path={folder}", "--trainer.logger=false", words=["--trainer.logger"]
-    )
-
-
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("DEBUG", "1")
     with pytest.raises(ValueError, match="--ckpt_path"):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoint_file import load_checkpoint
 from lightning_modules.distributed import SharedBatchNorm2d, SharedDropout, share_batch_norm
-from run_folder import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ["--data", "DigitsDataModule", "--data.batch_size=64", "--trainer.accelerator=cpu"]

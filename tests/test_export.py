@@ -9,11 +9,12 @@ from conftest import CONFIGS
 from torch import nn
 
 import export as export_module
+from checkpoint_file import load_checkpoint
 from datamodules import DigitsDataModule
 from lightning_modules import MLPProbe
 from lightning_modules.encoders import Encoder
 from main import main, one_line
-from run_folder import load_checkpoint, resolve_checkpoint
+from run_folder import resolve_checkpoint
 
 
 class Tiny(Encoder):

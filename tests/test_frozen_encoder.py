@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from callbacks.frozen_encoder import encoder_from_checkpoint
+from checkpoint_file import load_checkpoint
 from datamodules.arrays import stratified_split
+from errors import InputError
 from lightning_modules.encoders.contract import weights_sha256
-from run_folder import load_checkpoint
 
 SMALL = "--model.encoder.init_args.widths=[8,8,16]"
 PROBES = ("linear_probe", "mlp_probe")
@@ -92,7 +93,7 @@ def test_a_changed_encoder_is_noticed_at_the_end(encoder_run, run, monkeypatch):
         return super(LinearProbe, self).training_step(batch, batch_idx)
 
     monkeypatch.setattr(LinearProbe, "training_step", training_step)
-    with pytest.raises(RuntimeError, match="encoder changed"):
+    with pytest.raises(InputError, match="frozen encoder has changed"):
         run("fit", "linear_probe")
 
 
@@ -178,9 +179,9 @@ FINE_TUNE = ("--trainer.precision=32-true", "--model.schedule=constant")
 
 
 def test_fine_tuning_starts_from_the_linear_probe_and_trains_both(encoder_run, probe_run, run, tmp_path):
-    start = {k: v.clone() for k, v in probe_run.model.state_dict().items()}
+    start = load_checkpoint(probe_run.run.best())["state_dict"]
     untrained = load_checkpoint(Path(run("fit", "fine_tune", *FINE_TUNE).trainer.log_dir) / "checkpoints/step0.ckpt")
-    assert all(torch.equal(untrained["state_dict"][k], v) for k, v in start.items())
+    assert [k for k, v in start.items() if not torch.equal(untrained["state_dict"][k], v)] == []
 
     tuned = run("fit", "fine_tune", *FINE_TUNE).model.state_dict()
     for trained in ("encoder.blocks.0.0.weight", "head.weight"):
@@ -206,10 +207,13 @@ def test_encoder_has_its_own_learning_rate(probe_run, run):
     assert [g["lr"] for g in cli.trainer.optimizers[0].param_groups] == pytest.approx([0.02, 0.02, 0.003])
 
 
+def test_fine_tuning_without_a_probe_starts_from_the_encoder_with_a_new_head(encoder_run, run):
+    cli = run("fit", "fine_tune", *FINE_TUNE)
+    step0 = load_checkpoint(Path(cli.trainer.log_dir) / "checkpoints/step0.ckpt")["state_dict"]
+    assert not step0["head.weight"].any() and step0["standardize.mean"].any()
+
+
 def test_impossible_fine_tuning_is_refused(encoder_run, refused):
-    _, folder = encoder_run
-    refused("fit", "fine_tune", words=["linear_probe", "no finished run"])
-    refused("fit", "fine_tune", f"--frozen_encoder.run={folder}", words=["starts from a finished linear probe"])
     refused("fit", "fine_tune", "--model.encoder_lr=-1", words=["encoder_lr -1", "above 0"])
 
 

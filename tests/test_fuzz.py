@@ -21,10 +21,10 @@ import torch
 import yaml
 from conftest import STAGES
 
+from checkpoint_file import load_checkpoint
 from datamodules.arrays import read_npz
 from errors import InputError
 from main import main
-from run_folder import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 COUNT = int(os.environ.get("FUZZ", 30))

@@ -8,19 +8,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ERRORS, NETWORKS = {"errors"}, {"errors", "lightning_modules"}
+ERRORS, NETWORKS, FILES = {"errors"}, {"errors", "lightning_modules"}, {"errors", "files", "checkpoint_file"}
 # What each room may import of the project.
 ALLOWED = {
     "errors": set(),
+    "threads": set(),
+    "files": ERRORS,
+    "checkpoint_file": {"files", *ERRORS},
     "pages": ERRORS,
     "datamodules": {"datamodules", *ERRORS},
     "lightning_modules": NETWORKS,
-    "run_folder": {"lightning_modules", "datamodules", *ERRORS},
-    "callbacks": {"callbacks", "run_folder", "pages", *NETWORKS},
-    "export": {"callbacks", "run_folder", "datamodules", *NETWORKS},
-    "cli": {"callbacks", "run_folder", "datamodules", *NETWORKS},
-    "main": {"cli", "export", *ERRORS},
-    "reproduce": {"main", "callbacks", "run_folder", "pages", *ERRORS},
+    "run_folder": FILES,
+    "callbacks": {"callbacks", "run_folder", "pages", *FILES, *NETWORKS},
+    "closing": {"callbacks", "datamodules", *NETWORKS},
+    "places": ERRORS,
+    "export": {"callbacks", "run_folder", "datamodules", *FILES, *NETWORKS},
+    "cli": {"callbacks", "closing", "places", "run_folder", "threads", "datamodules", *FILES, *NETWORKS},
+    "main": {"cli", "export", "threads", *ERRORS},
+    "reproduce": {"main", "callbacks", "run_folder", "pages", *FILES},
 }
 # A module that a user names, and libraries that only some exports need.
 IMPORTED_BY_NAME = {"callbacks/frozen_encoder.py": 1, "export.py": 1}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from killer import PHASES, quiet_main
 
+from checkpoint_file import WholeCheckpointIO, load_checkpoint
 from errors import InputError
-from run_folder import WholeCheckpointIO, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}

@@ -2,19 +2,22 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import LARGER, STAGES
+from conftest import CONFIGS, LARGER, STAGES
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from main import main
 
 ROOT = Path(__file__).parent.parent
+NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # what `!python main.py` gets there
 PROBES = ("triplet_encoder", "linear_probe", "mlp_probe", "fine_tune")
 
 
@@ -206,13 +209,30 @@ def test_predictions(tmp_path, run):
     assert (folder / "predict_1" / "predictions.csv").read_text().split() == [str(c) for c in labels.tolist()]
 
 
-def test_stages_log_what_validate_says(tmp_path, run):
-    fitted = run("fit", "softmax_regression")
-    validated = run("validate", "softmax_regression", "--ckpt_path=last")
-    for key in ("val/loss", "val/accuracy"):
-        assert float(fitted.trainer.callback_metrics[key]) == pytest.approx(
-            float(validated.trainer.callback_metrics[key])
-        )
+@pytest.mark.parametrize("precision, stages", [("32-true", (*PROBES, "softmax_regression", "supervised_encoder")),
+                                               ("bf16-true", PROBES[:2])])  # fmt: skip
+def test_validate_measures_what_the_fit_measured(run, precision, stages):
+    for stage in stages:
+        small = ["--model.encoder.init_args.widths=[8,8,8]"] if stage.endswith("_encoder") else []
+        options = [*small, f"--trainer.precision={precision}", "--data.val_size=61", "--pictures=false"]
+        fitted = run("fit", stage, *options).trainer.callback_metrics
+        validated = run("validate", stage, *options, "--ckpt_path=last").trainer.callback_metrics
+        shared = {name for name in fitted if name in validated}
+        assert shared == {"val/loss", "val/accuracy"}, stage
+        for name in shared:
+            assert float(validated[name]) == pytest.approx(float(fitted[name]), abs=1e-6), (stage, name)
+        assert ("val/views_accuracy" in validated) == (stage == "supervised_encoder")
+
+
+def test_the_supervised_encoders_views_accuracy_is_the_tests(tmp_path, run):
+    """The validation images as a test file: `test` finds what `validate` calls `val/views_accuracy`."""
+    run("fit", "supervised_encoder", "--model.encoder.init_args.widths=[8,8,8]", "--pictures=false")
+    options = ["--model.encoder.init_args.widths=[8,8,8]", "--pictures=false", "--ckpt_path=last"]
+    cli = run("validate", "supervised_encoder", *options)
+    images, labels = cli.datamodule.split("val")
+    np.savez(tmp_path / "data" / "cifar10_test.npz", images=images.numpy(), labels=labels.numpy())
+    tested = run("test", "supervised_encoder", *options).trainer.callback_metrics
+    assert float(tested["test/accuracy"]) == float(cli.trainer.callback_metrics["val/views_accuracy"])
 
 
 def test_two_processes_are_started_by_main(tmp_path, tiny):
@@ -248,10 +268,13 @@ def test_bad_input_through_the_real_command(tmp_path):
         "--config",
         str(ROOT / "configs" / "softmax_regression.yaml"),
     ]
-    done = subprocess.run([*command, "--ckpt_path", "nowhere.ckpt"], cwd=tmp_path, capture_output=True, text=True)
+    options = {"env": {**os.environ, **NOTEBOOK}, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "--ckpt_path", "nowhere.ckpt"], cwd=tmp_path, **options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr == "main.py: checkpoint nowhere.ckpt: no such file or run folder\n"
     assert not list(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "reproduce.py", "--seeds=0"], cwd=ROOT, **options)
+    assert done.stderr == "reproduce.py: --seeds 0: must be at least 1\n" and done.returncode == 2
 
 
 def test_a_fit_with_callbacks_of_its_own_or_without_a_logger_ends_in_its_lines_too(tmp_path, run, capsys, monkeypatch):
@@ -263,7 +286,7 @@ def test_a_fit_with_callbacks_of_its_own_or_without_a_logger_ends_in_its_lines_t
         "--trainer.max_steps=1",
         "--trainer.callbacks=Curves",
     )
-    assert "Next: python main.py fit --config configs/linear_probe.yaml" in capsys.readouterr().out
+    assert f"Next: python main.py fit --config {CONFIGS / 'linear_probe.yaml'}" in capsys.readouterr().out
     run(
         "fit",
         "softmax_regression",
@@ -271,8 +294,8 @@ def test_a_fit_with_callbacks_of_its_own_or_without_a_logger_ends_in_its_lines_t
         "--trainer.callbacks=TQDMProgressBar",
         "--trainer.logger=false",
     )
-    assert f"without a logger only checkpoints are written: {tmp_path}" in capsys.readouterr().out
-    assert not (tmp_path / "runs" / "softmax_regression").exists()
+    written = tmp_path / "runs" / "softmax_regression" / "version_0"
+    assert {path.name for path in written.iterdir()} >= {"checkpoints", "config.yaml", "metrics.csv", "curves.png"}
 
 
 def test_a_batch_whose_pairs_fill_the_memory_is_worked_on_in_blocks(run, monkeypatch, capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from run_folder import load_checkpoint
+from checkpoint_file import load_checkpoint
 
 GRID = ["--model=LinearProbeGrid", "--model.lr_factors=[0.1,3]", "--model.weight_decay_factors=[0,100]"]
 SETTINGS = [(0.001, 0.0), (0.001, 0.01), (0.03, 0.0), (0.03, 0.01)]

@@ -10,9 +10,9 @@ from test_killed import in_a_process, killer
 from test_report import Page
 
 import reproduce
+from checkpoint_file import load_checkpoint
 from errors import InputError
 from reproduce import LADDER, PLAIN, Ladder, Step
-from run_folder import load_checkpoint
 
 STAGES = [step.name for step in LADDER]
 SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--quiet")

@@ -11,8 +11,10 @@ import yaml
 from pytorch_lightning import Callback
 
 from callbacks import LastCheckpoint
+from checkpoint_file import load_checkpoint
 from errors import InputError
-from run_folder import Run, load_checkpoint, write
+from files import write
+from run_folder import Run
 
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):

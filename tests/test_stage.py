@@ -7,8 +7,8 @@ from pytorch_lightning import Trainer
 from datamodules import DigitsDataModule
 from errors import InputError
 from lightning_modules import LogisticRegression, SoftmaxRegression
+from lightning_modules.optimization import triangle
 from lightning_modules.regression import PixelLinear
-from lightning_modules.schedule import triangle
 
 
 def fit(model, data=None, **options):
@@ -76,6 +76,14 @@ def test_logistic_regression_is_softmax_regression_with_two_classes():
     torch.testing.assert_close(one.linear.weight[0], difference, rtol=1e-3, atol=1e-5)
     x = torch.rand(5, 3, 32, 32)
     torch.testing.assert_close(one.predict_step((x,), 0), two.predict_step((x,), 0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
+def test_means_count_every_image_in_any_precision(precision):
+    data = DigitsDataModule(translate=0, batch_size=1)
+    trainer = fit(SoftmaxRegression(lr=0.01), data, precision=precision, limit_train_batches=1)
+    right = float(trainer.callback_metrics["val/accuracy"]) * len(data.split("val").labels)
+    assert right == pytest.approx(round(right), abs=1e-4)  # in bfloat16, 256 + 1 is 256
 
 
 def test_triangle_rises_to_one_and_falls_to_just_above_zero():

@@ -134,12 +134,6 @@ def test_readable_rows_of_damaged_metrics_are_kept(line, damaged):
     assert read_rows("") == ({}, 0) and read_rows("\x00\ufffd\n1,1\n") == ({}, 1)
 
 
-def test_lightnings_own_metrics_file_is_left_alone(run, tmp_path):
-    run("fit", *PLAIN, "--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'runs'}")
-    head = next(tmp_path.glob("runs/*/*/metrics.csv")).read_text().split("\n")[0].split(",")
-    assert {"step", "train/loss", "val/accuracy"} <= set(head) and "lr" not in head
-
-
 class Terminal:
     """A pseudo-terminal of 80 columns; `text` is what was written into it."""
 

@@ -84,7 +84,8 @@ class Encoder(nn.Module):
         return self.features((images - self.mean) / self.std)
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.contiguous(memory_format=self._memory_format)
+        # The weights are of another type where a whole module is, such as by --trainer.precision bf16-true.
+        images = images.to(self.mean.dtype, memory_format=self._memory_format)
         if not (self.training and self._compiled):
             return self._normalised_features(images)
         try:
@@ -201,5 +202,5 @@ def weights_sha256(state_dict: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return digest.hexdigest()
