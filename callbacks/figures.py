@@ -1,5 +1,7 @@
 """The figures of a run and of the whole ladder, and the way they take into a run's folder and TensorBoard."""
 
+import warnings
+
 import matplotlib
 import numpy as np
 import torch
@@ -11,13 +13,16 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from run_folder import folder_of, write
+from files import write
+from run_folder import folder_of
 
 # Ten colours that colour-blind readers tell apart (M. A. Petroff, 2021). Each figure names its colours, since a style
 # would hold for the whole process.
 COLOURS = matplotlib.color_sequences["petroff10"]
-# Up to so many classes: numbers in a confusion matrix, entries in a legend; names beside an axis.
-NUMBERED, NAMED = 20, 50
+# Up to so many classes: numbers in a confusion matrix, entries in a legend; names beside an axis; rows of their own in
+# a confusion matrix.
+NUMBERED, NAMED, DRAWN = 20, 50, 1000
+LONGEST = 20  # characters of a class's name that a figure shows
 
 
 def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
@@ -26,16 +31,27 @@ def tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     return [logger for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def save(trainer: Trainer, figure: Figure, tag: str | None = None, file: str | None = None) -> None:
-    """Writes `figure` into the run's folder as the PNG `file`, and adds it to TensorBoard as `tag`."""
+def save(trainer: Trainer, figure: Figure, file: str, tag: str | None = None) -> None:
+    """Writes `figure` into the run's folder as the PNG `file`, and gives it as `tag` to loggers that take images."""
     figure.set_dpi(120)
     canvas, folder = FigureCanvasAgg(figure), folder_of(trainer)
-    canvas.draw()
+    with warnings.catch_warnings():  # the default font has a box for the characters that it lacks, such as Chinese ones
+        warnings.filterwarnings("ignore", "Glyph .* missing|Matplotlib currently does not support")
+        canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    if file is not None and folder is not None:
+    if folder is not None:
         write(folder / file, lambda png: imsave(png, pixels, format="png"))
-    for logger in tensorboards(trainer) if tag is not None else ():
-        logger.experiment.add_image(tag, pixels, trainer.global_step, dataformats="HWC")
+    for logger in trainer.loggers if tag is not None else ():
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(tag, pixels, trainer.global_step, dataformats="HWC")
+        elif hasattr(logger, "log_image"):  # WandbLogger and its like
+            logger.log_image(tag, [pixels], trainer.global_step)
+
+
+def plain(name: str) -> str:
+    """A class's name as figures show it: on one line, not longer than LONGEST, and no formula between two dollars."""
+    name = " ".join(name.split())
+    return (name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…").replace("$", r"\$")
 
 
 def draw_curves(rows: dict[int, dict[str, float]]) -> Figure:
@@ -58,22 +74,32 @@ def draw_curves(rows: dict[int, dict[str, float]]) -> Figure:
 
 
 def draw_confusion(predicted: Tensor, labels: Tensor, names: list[str]) -> Figure:
-    """How often each class is taken for which, beside each class's accuracy; classes (N,) int64 each."""
+    """How often each class is taken for which, beside each class's accuracy; classes (N,) int64 each.
+
+    Of more than DRAWN classes, several that follow each other share a row and a column."""
     classes, size = len(names), min(len(names), NUMBERED)
-    matrix = (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
+    share = -(-classes // DRAWN)
+    cells = -(-classes // share)
+    matrix = (labels // share * cells + predicted // share).bincount(minlength=cells**2).view(cells, cells)
     shares = matrix / matrix.sum(1, keepdim=True).clamp_min(1)
+    right_ones, images = (x.bincount(minlength=classes) for x in (labels[predicted == labels], labels))
+    accuracies = (right_ones / images.clamp_min(1)).numpy()
     figure = Figure(figsize=(3 + 0.75 * size, 2 + 0.5 * size), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    left.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    edges = (-0.5, cells * share - 0.5)
+    left.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=1, aspect="auto", extent=(*edges, *edges[::-1]))
     for row in range(classes if classes <= NUMBERED else 0):
         for column in range(classes):
             colour = "black" if shares[row, column] > 0.5 else "white"
             left.text(column, row, int(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    bars = right.barh(range(classes), shares.diagonal().numpy(), color=COLOURS[0])
     if classes <= NAMED:
-        left.set_xticks(range(classes), names, rotation=45, ha="right")
-        left.set_yticks(range(classes), names)
+        left.set_xticks(range(classes), map(plain, names), rotation=45, ha="right")
+        left.set_yticks(range(classes), map(plain, names))
+        bars = right.barh(range(classes), accuracies, color=COLOURS[0])
         right.bar_label(bars, fmt="%.3f", padding=2, fontsize=7)
+    else:  # as one outline: a thousand bars take seconds
+        places = np.arange(classes + 1) - 0.5
+        right.stairs(accuracies, places, orientation="horizontal", fill=True, color=COLOURS[0])
     left.set(xlabel="predicted", ylabel="true", title=f"confusion matrix, {len(labels)} images")
     right.set(xlim=(0, 1.2), ylim=(classes - 0.5, -0.5), xlabel="accuracy of the class", yticks=[])
     return figure
@@ -140,12 +166,14 @@ def draw_tsne(found: dict[str, Tensor], labels: Tensor, names: list[str]) -> Fig
 
 def _scatter(axes: Axes, points: Tensor, labels: Tensor, names: list[str], legend: bool = True) -> None:
     """Points (N, 2) with a colour and marker for each class; of very many classes, the last ones are grey."""
-    shown = names if len(names) <= NUMBERED else names[: NUMBERED - 1]
-    for c, name in enumerate(shown):
-        axes.scatter(*points[labels == c].T.numpy(), s=5, color=COLOURS[c % 10], marker="o^"[c // 10], label=name)
-    if shown != names:
-        rest = points[labels >= len(shown)].T.numpy()
-        axes.scatter(*rest, s=5, color="0.8", zorder=0, label=f"{len(names) - len(shown)} other classes")
+    own = names if len(names) <= NUMBERED else names[: NUMBERED - 1]
+    for c, name in enumerate(own):
+        style = {"color": COLOURS[c % 10], "marker": "o^"[c // 10]}
+        # The space, since a legend leaves out what begins with an underscore.
+        axes.scatter(*points[labels == c].T.numpy(), s=5, label=f" {plain(name)}", **style)
+    if own != names:
+        rest = points[labels >= len(own)].T.numpy()
+        axes.scatter(*rest, s=5, color="0.8", zorder=0, label=f"{len(names) - len(own)} other classes")
     axes.set(xticks=[], yticks=[])
     if legend:
         axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import binary_calibration_error
 
-from callbacks import figures
+from callbacks.figures import draw_confusion, draw_gallery, draw_reliability, plain, save
 from errors import InputError, require
 from lightning_modules import TripletEncoder
 from lightning_modules.distributed import gather_objects
@@ -37,11 +37,13 @@ class Inspection(Callback):
         require(bank >= 1, "inspection.bank", bank, "at least 1")
         self.bins, self.errors, self.neighbours, self.bank = bins, errors, neighbours, bank
         self.pictures = pictures
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if trainer.state.fn != "fit" and not isinstance(pl_module, TripletEncoder):
-            self._seen.append((pl_module.probabilities(outputs["output"]).cpu(), batch[1].cpu()))
+            # Not all probabilities, which may be a thousand for each image.
+            confidence, predicted = pl_module.probabilities(outputs["output"]).max(1)
+            self._seen.append((confidence.cpu(), predicted.cpu(), batch[1].cpu()))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -52,23 +54,24 @@ class Inspection(Callback):
         # Each process has a contiguous block of the images, so their order is the order of the ranks.
         blocks = [block for rank in gather_objects(self._seen) for block in rank]
         self._seen = []
-        probabilities, labels = (torch.cat(parts) for parts in zip(*blocks))
-        error = calibration_error(probabilities, labels, self.bins)
+        confidence, predicted, labels = (torch.cat(parts) for parts in zip(*blocks))
+        error = calibration_error(confidence, predicted == labels, self.bins)
         pl_module.log(f"{split}/ece", error, sync_dist=True)  # the same on every process
         if not self.pictures or not trainer.loggers or not trainer.is_global_zero:
             return
-        names, (confidence, predicted) = pl_module.class_names, probabilities.max(1)
+        names = pl_module.class_names
         drawn = {
-            "confusion_matrix": figures.draw_confusion(predicted, labels, names),
-            "reliability": figures.draw_reliability(confidence, predicted == labels, self.bins, error),
+            "confusion_matrix": draw_confusion(predicted, labels, names),
+            "reliability": draw_reliability(confidence, predicted == labels, self.bins, error),
         }
         wrong = (predicted != labels).nonzero().flatten()
         wrong = wrong[confidence[wrong].argsort(descending=True)][: self.errors]
         if len(wrong):
-            captions = [f"{names[labels[i]]}\ntaken for {names[predicted[i]]}\n({confidence[i]:.2f})" for i in wrong]
-            drawn["errors"] = figures.draw_gallery(self._gallery(trainer, pl_module, split, wrong, captions))
+            shown = [(plain(names[labels[i]]), plain(names[predicted[i]]), float(confidence[i])) for i in wrong]
+            captions = [f"{true}\ntaken for {other}\n({sure:.2f})" for true, other, sure in shown]
+            drawn["errors"] = draw_gallery(self._gallery(trainer, pl_module, split, wrong, captions))
         for name, figure in drawn.items():
-            figures.save(trainer, figure, f"{split}/{name}", f"{name}.png")
+            save(trainer, figure, f"{name}.png", f"{split}/{name}")
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -86,7 +89,7 @@ class Inspection(Callback):
             queries = unit_features(pl_module, data.evaluation_loader(split, wrong))
             similarity = queries @ unit_features(pl_module, data.evaluation_loader("train", index)).T
         nearest = similarity.topk(min(self.neighbours, len(index))).indices.tolist()
-        return [row + [(images[i], names[labels[i]]) for i in columns] for row, columns in zip(rows, nearest)]
+        return [row + [(images[i], plain(names[labels[i]])) for i in columns] for row, columns in zip(rows, nearest)]
 
 
 @torch.no_grad()
@@ -98,8 +101,9 @@ def unit_features(pl_module: LightningModule, loader) -> Tensor:
     return F.normalize(pixels - pixels.mean(1, keepdim=True), dim=1)
 
 
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int) -> float:
-    """Expected calibration error of `probabilities` (N, C) and `labels` (N,): the mean over images of |accuracy −
-    confidence| of their bin (C. Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3)."""
-    below_one = probabilities.clamp_max(1 - 1e-7)  # torchmetrics puts a confidence of 1 into a bin of its own
-    return float(multiclass_calibration_error(below_one, labels, probabilities.shape[1], bins))
+def calibration_error(confidence: Tensor, correct: Tensor, bins: int) -> float:
+    """Expected calibration error of the confidences (N,) of predictions, `correct` (N,) or not: the mean over images of
+    |accuracy − confidence| of their bin (C. Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3).
+    """
+    below_one = confidence.clamp_max(1 - 1e-7)  # torchmetrics puts a confidence of 1 into a bin of its own
+    return float(binary_calibration_error(below_one, correct.long(), bins))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from callbacks.figures import tensorboards
 from errors import InputError
+from files import write
 from lightning_modules.distributed import gather_objects
-from run_folder import folder_of, write
+from run_folder import folder_of
 
 
 class PredictionWriter(Callback):
@@ -30,8 +31,6 @@ class PredictionWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
             return
-        if not any(logger.log_dir for logger in trainer.loggers):
-            raise InputError("predict writes into a run folder: leave --trainer.logger on")
         if self.features and not hasattr(pl_module, "encoder"):
             stage = type(pl_module).__name__
             raise InputError(f"prediction_writer.features: {stage} has no encoder; leave the option out")
@@ -66,7 +65,8 @@ class PredictionWriter(Callback):
         rows = zip(columns["label"]) if self.labels_only else [columns, *zip(*columns.values())]
         csv.writer(text, lineterminator="\n").writerows(rows)
         write(folder / "predictions.csv", text.getvalue())
-        first = zip(columns["index"][:100], columns["class_name"], columns["probability"])
+        cells = (" ".join(name.split()).replace("|", r"\|") for name in columns["class_name"])
+        first = zip(columns["index"][:100], cells, columns["probability"])
         table = "| image | class | probability |\n|---|---|---|\n" + "\n".join(
             f"| {i} | {c} | {p} |" for i, c, p in first
         )

@@ -1,12 +1,16 @@
 """`report.html`: what a `test` found, on one page without other files."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from scipy.stats import binomtest
 
+from callbacks.figures import NAMED
+from files import write
 from pages import figure, page, table
-from run_folder import Run, folder_of, write
+from run_folder import Run, folder_of
 
 FIGURES = {
     "curves.png": "Loss and accuracy over the steps of the fit, training and validation",
@@ -30,13 +34,14 @@ class Report(Callback):
         metrics = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
         rows = [(name, f"{value:.4f}", interval(name, value, images)) for name, value in metrics.items()]
         # Lightning notes by a leading underscore how it made the object.
-        options = [f"{k} {v}" for k, v in data.hparams.items() if v is not None and k[0] != "_"]
+        given = {k: v for k, v in data.hparams.items() if v is not None and k[0] != "_"}
+        options = [f"{k} {listed(v) if isinstance(v, list | tuple) else v}" for k, v in given.items()]
         facts = {
-            "images": f"{images:,} of {len(classes)} classes: {', '.join(classes)}",
+            "images": f"{images:,} of {len(classes)} classes: {listed(classes)}",
             "data": f"{type(data).__name__}: {', '.join(options)}",
             "checkpoint": str(checkpoint),
         }
-        if fit := run.finished:
+        if {"seconds", "steps"} <= (fit := run.finished or {}).keys():
             facts["fit"] = f"{fit['seconds']:.0f} s, {fit['steps']:,} steps"
         shown = {name: path for name in FIGURES for path in (folder / name, run.folder / name) if path.is_file()}
         config = Run(folder).config
@@ -46,12 +51,18 @@ class Report(Callback):
             table([], facts.items()),
             *(figure(path, FIGURES[name]) for name, path in shown.items()),
             ("h2", "Made by"),
-            ("pre", f"python main.py test --config {config} --ckpt_path {checkpoint}"),
+            ("pre", shlex.join(["python", "main.py", "test", "--config", str(config), "--ckpt_path", str(checkpoint)])),
             ("h2", "Config"),
-            ("pre", config.read_text(encoding="utf-8") if config.is_file() else "none was saved"),
+            ("pre", config.read_text(encoding="utf-8", errors="replace") if config.is_file() else "none was saved"),
         ]
         title = f"{type(pl_module).__name__}, {run.folder.parent.name}/{run.folder.name}"
         write(folder / "report.html", page(title, parts))
+
+
+def listed(values: Sequence[object]) -> str:
+    """The first NAMED of the values, and how many there are besides."""
+    more = f" and {len(values) - NAMED} more" if len(values) > NAMED else ""
+    return ", ".join(map(str, values[:NAMED])) + more
 
 
 def interval(metric: str, value: float, images: int) -> str:

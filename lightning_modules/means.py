@@ -1,5 +1,7 @@
 """Means over the images of all processes: the one way in which every stage and monitor here adds up what it logs."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -20,6 +22,10 @@ class Mean(Metric):
         kind = {"dtype": torch.float32 if torch.backends.mps.is_available() else torch.float64}  # MPS has no float64
         self.add_state("sums", torch.zeros(() if quantities is None else (quantities,), **kind), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), **kind), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args) -> "Mean":
+        # A stage in bf16-true is cast as a whole, its metrics too, and bfloat16 counts images up to 256 only.
+        return super()._apply(lambda x: fn(x).to(x.dtype), *args)
 
     def update(self, sums: Tensor, count: int | Tensor) -> None:
         self.sums += sums

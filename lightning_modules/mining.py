@@ -9,13 +9,20 @@ from lightning_modules.losses.triplets import active_counts, pair_masks
 
 @torch.no_grad()
 def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Numbers and histograms' values of embeddings `z` (B, D), `labels` (B,), under the loss's own distance."""
+    """Numbers and histograms' values of embeddings `z` (B, D), `labels` (B,), under the loss's own distance.
+
+    A histogram without values, such as d_an in a batch of one class, is left out, since TensorBoard takes none.
+    """
     distances = loss.distance.matrix(z)
     positive, negative = pair_masks(labels)
     triplets = (positive.sum(1) * negative.sum(1)).sum()
     violating = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum()
     misordered = active_counts(distances, labels, 0.0).clamp_min(0).sum() if loss.margin else violating
-    histograms = {"d_ap": distances[positive], "d_an": distances[negative], "spread_by_dimension": z.std(0)}
+    histograms = {
+        "d_ap": distances[positive],
+        "d_an": distances[negative],
+        "spread_by_dimension": z.std(0, correction=0),
+    }
     measured = {
         "triplets": triplets,
         "active": violating / triplets.clamp_min(1),
@@ -30,7 +37,7 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
     }
     if getattr(loss, "triplets", None) == "semihard":
         measured["ignored"] = misordered / violating.clamp_min(1)
-    return {name: float(value) for name, value in measured.items()}, histograms
+    return {name: float(value) for name, value in measured.items()}, {k: v for k, v in histograms.items() if len(v)}
 
 
 def effective_rank(z: Tensor) -> Tensor:

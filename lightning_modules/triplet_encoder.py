@@ -17,10 +17,10 @@ from lightning_modules.stage import Batch
 class TripletEncoder(EncoderStage):
     """An encoder under a loss over the triplets of a batch, all processes' images together.
 
-    `accuracy` is that of the nearest neighbour (cosine) within the batch. `validate` and `test` add what the nearest
-    neighbours among all training images say, on the features before the projection head: `knn_accuracy`,
-    `precision_at_1`, `r_precision`, `map_at_r`, `alignment`, `uniformity` (see `retrieval_statistics`). `predict` lets
-    these neighbours vote.
+    `accuracy` is that of the nearest neighbour (cosine) within the batch; an image alone in its batch counts as wrong.
+    `validate` and `test` add what the nearest neighbours among all training images say, on the features before the
+    projection head: `knn_accuracy`, `precision_at_1`, `r_precision`, `map_at_r`, `alignment`, `uniformity` (see
+    `retrieval_statistics`). `predict` lets these neighbours vote.
 
     Args:
         encoder: the network whose features probes and kNN read.
@@ -146,8 +146,11 @@ class TripletEncoder(EncoderStage):
 def nearest_labels(embeddings: Tensor, labels: Tensor, first: int, count: int) -> Tensor:
     """Labels (count,) of the nearest other embedding (cosine) of `count` images of the batch from place `first` on.
 
-    `embeddings` (B, D), `labels` (B,). Blocks of rows keep the similarities below `MATRIX` elements.
+    `embeddings` (B, D), `labels` (B,). −1, which is no label, where B is 1. Blocks of rows keep the similarities below
+    `MATRIX` elements.
     """
+    if len(labels) == 1:
+        return torch.full_like(labels, -1)
     bank, nearest = F.normalize(embeddings.float(), dim=1), []
     for rows in bank[first : first + count].split(max(1, MATRIX // len(bank))):
         similarity = rows @ bank.T

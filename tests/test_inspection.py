@@ -1,12 +1,18 @@
 """What a validation or test shows of a classifier's errors and of its confidence, and what the figures bear."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import figures
+from callbacks import PredictionWriter, figures, inspection
 from callbacks.inspection import calibration_error
+from callbacks.tsne import project
 
 FIGURES = ("confusion_matrix.png", "reliability.png", "errors.png")
 
@@ -26,13 +32,13 @@ def test_calibration_error_equals_its_definition():
         if inside:
             confidence, right = (sum(column) / len(inside) for column in zip(*inside))
             expected += len(inside) / 500 * abs(confidence - right)
-    assert calibration_error(probabilities, labels, 15) == pytest.approx(expected, abs=1e-6)
+    confidence, predicted = probabilities.max(1)
+    assert calibration_error(confidence, predicted == labels, 15) == pytest.approx(expected, abs=1e-6)
 
 
 def test_calibration_error_is_nought_for_the_sure_and_right_and_one_for_the_sure_and_wrong():
-    sure = F.one_hot(torch.arange(6) % 3).float()
-    for shift, expected in ((0, 0.0), (1, 1.0)):
-        assert calibration_error(sure, (torch.arange(6) + shift) % 3, 10) == pytest.approx(expected, abs=1e-6)
+    for correct, expected in ((True, 0.0), (False, 1.0)):
+        assert calibration_error(torch.ones(6), torch.full((6,), correct), 10) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_most_confident_errors_stand_beside_the_nearest_training_images(run, tmp_path, monkeypatch):
@@ -44,7 +50,7 @@ def test_the_most_confident_errors_stand_beside_the_nearest_training_images(run,
     ]
     run("fit", *small, "--pictures=false")
     drawn = []
-    monkeypatch.setattr(figures, "draw_gallery", lambda rows: drawn.append(rows) or Figure())
+    monkeypatch.setattr(inspection, "draw_gallery", lambda rows: drawn.append(rows) or Figure())
     for command, split in (("validate", "val"), ("test", "test")):
         cli = run(command, *small, "--ckpt_path=best")
         folder = tmp_path / "runs" / "supervised_encoder" / "version_0" / f"{command}_0"
@@ -54,7 +60,7 @@ def test_the_most_confident_errors_stand_beside_the_nearest_training_images(run,
         model = cli.model.eval()
         with torch.no_grad():
             pixels, others = (x.permute(0, 3, 1, 2).float() / 255 for x in (images, bank))
-            confidence, predicted = model(pixels).softmax(1).max(1)
+            confidence, predicted = model(pixels, shifted=split == "test").softmax(1).max(1)
             seen, known = (F.normalize(model.encoder.embed(x, shifted=False)) for x in (pixels, others))
             similarity = seen @ known.T
         wrong = sorted((predicted != labels).nonzero().flatten().tolist(), key=lambda i: -float(confidence[i]))[:8]
@@ -87,7 +93,56 @@ def test_two_classes_and_no_error(run, tmp_path):
     assert [(folder / name).is_file() for name in FIGURES] == [True, True, False]
 
 
-@pytest.mark.parametrize("classes", [2, 20, 21, 300])
+ODD_NAMES = ["$^$", "a_b$x_y$", r"\$", "_private", "two\nlines\tand a tab", "x" * 500, "a|b", "<b>", "猫", "قط"]
+
+
+def test_whatever_classes_are_called_figures_name_them_without_a_word(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "folder_of", lambda trainer: tmp_path)
+    trainer, labels = SimpleNamespace(is_global_zero=True, loggers=[]), torch.arange(120) % 10
+    points = torch.randn(120, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gallery = [[(torch.zeros(32, 32, 3, dtype=torch.uint8), figures.plain(name))] for name in ODD_NAMES]
+    drawn = {
+        "confusion": figures.draw_confusion(labels, labels, ODD_NAMES),
+        "pca": figures.draw_pca(points, labels, ODD_NAMES),
+        "tsne": figures.draw_tsne({"after": points}, labels, ODD_NAMES),
+        "errors": figures.draw_gallery(gallery),
+    }
+    for name, figure in drawn.items():
+        figures.save(trainer, figure, file=f"{name}.png")  # a warning is an error
+    named = [text.get_text() for text in drawn["confusion"].axes[0].get_yticklabels()]
+    assert named[:3] == [r"\$^\$", r"a_b\$x_y\$", r"\\$"] and max(map(len, named)) <= figures.LONGEST + 2
+    legend = drawn["pca"].axes[0].get_legend()
+    assert [text.get_text().strip() for text in legend.get_texts()] == named
+
+
+def test_odd_class_names_leave_tables_whole(tmp_path, monkeypatch):
+    names, logger = ["a|b", "two\nlines\tand a tab"], TensorBoardLogger(tmp_path, name="", version="")
+    trainer = SimpleNamespace(is_global_zero=True, loggers=[logger], global_step=0)
+    project(trainer, torch.eye(4), torch.zeros(4, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 1, 1, 0]), names)
+    rows = (tmp_path / "00000" / "features" / "metadata.tsv").read_text().splitlines()
+    assert len(rows) == 5 and {row.count("\t") for row in rows} == {1}
+
+    trainer.datamodule, writer = SimpleNamespace(test_files=None), PredictionWriter()
+    writer._blocks = [(torch.eye(2), None)]
+    monkeypatch.setattr("callbacks.prediction_writer.folder_of", lambda trainer: tmp_path)
+    writer.on_predict_end(trainer, SimpleNamespace(class_names=names))
+    logger.experiment.flush()
+    event = EventAccumulator(str(tmp_path)).Reload().Tensors("predictions (first 100)/text_summary")[0]
+    table = event.tensor_proto.string_val[0].decode().splitlines()
+    assert table[2:] == [r"| 0 | a\|b | 1.000000 |", "| 1 | two lines and a tab | 1.000000 |"]
+
+
+def test_a_run_of_classes_with_odd_names(tiny, run):
+    files = [f"--data.{split}_npz={tiny}/cifar10_{split}.npz" for split in ("train", "test")]
+    own = [*files, f"--data.class_names={json.dumps(ODD_NAMES)}", "--model.encoder.init_args.widths=[8,8,16]"]
+    folder = run("fit", "supervised_encoder", *own, "--tsne.samples=20", "--trainer.max_steps=1").run.folder
+    for command in ("test", "predict"):
+        run(command, "supervised_encoder", *own, "--ckpt_path=best")
+    assert (folder / "test_0" / "errors.png").is_file() and (folder / "tsne.png").is_file()
+    assert "&lt;b&gt;" in (folder / "test_0" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("classes", [2, 20, 21, 300, 2500])
 def test_figures_of_many_classes_stay_readable(classes):
     generator = torch.Generator().manual_seed(0)
     labels, predicted = torch.randint(classes, (2, 900), generator=generator)
@@ -103,6 +158,17 @@ def test_figures_of_many_classes_stay_readable(classes):
     for figure in scatters:
         assert len(figure.axes[0].get_legend().get_texts()) == min(classes, 20)
         assert sum(len(dots.get_offsets()) for dots in figure.axes[0].collections) == 900
+    assert confusion.axes[0].images[0].get_array().size <= 1000**2
+    assert len(confusion.axes[1].patches) <= 50
+
+
+def test_classes_that_share_a_cell_of_the_confusion_matrix_keep_their_own_accuracy():
+    labels = torch.arange(2500)
+    predicted = labels.clone()
+    predicted[0] = 1  # within a cell: right there, wrong as a class
+    matrix, bars = figures.draw_confusion(predicted, labels, [f"class {c}" for c in range(2500)]).axes
+    assert matrix.images[0].get_array().diagonal().min() == 1
+    assert bars.patches[0].get_data().values.tolist() == [0.0] + [1.0] * 2499
 
 
 @pytest.mark.parametrize(

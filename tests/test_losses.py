@@ -12,6 +12,7 @@ from lightning_modules import FastEncoder, TripletEncoder, losses
 from lightning_modules.losses import functional
 from lightning_modules.losses.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
 from lightning_modules.losses.triplets import active_counts, hardest_triplets, random_triplets
+from lightning_modules.triplet_encoder import nearest_labels
 
 DISTANCES = {
     "euclidean": EuclideanDistance(),
@@ -468,3 +469,9 @@ def test_hardest_triplets_leave_out_anchors_without_a_positive_or_a_negative():
 def test_impossible_settings_are_refused(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+def test_an_image_alone_in_its_batch_has_no_neighbour():
+    labels = torch.tensor([3])
+    assert nearest_labels(torch.ones(1, 4), labels, 0, 1).tolist() == [-1]
+    assert nearest_labels(torch.ones(2, 4), torch.tensor([3, 5]), 1, 1).tolist() == [3]

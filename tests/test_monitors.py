@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from callbacks.mining_monitor import MiningMonitor
 from lightning_modules import losses
 from lightning_modules.mining import diagnose, effective_rank, measure
+from lightning_modules.retrieval import knn_probabilities, retrieval_statistics
 from main import main
 
 SMALL = "--model.encoder.init_args.widths=[8,8,8]"
@@ -151,6 +152,21 @@ def test_a_batch_of_one_class_is_said(tmp_path):
     measured, _ = measure(losses.MultiNegativeLoss(), torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
     found = diagnose(losses.MultiNegativeLoss(), measured, 0.0)
     assert list(found) == ["triplets"] and "raise data.batch_size" in found["triplets"]
+
+
+@pytest.mark.parametrize("size, named", [(1, ["spread_by_dimension"]), (4, ["d_ap", "spread_by_dimension"])])
+def test_a_batch_without_negatives_has_histograms_of_what_there_is(size, named):
+    measured, histograms = measure(losses.LMNNLoss(), torch.randn(size, 4), torch.zeros(size, dtype=torch.long))
+    assert np.isfinite([*measured.values()]).all() and sorted(histograms) == named
+
+
+def test_embeddings_that_are_0_have_numbers_for_neighbours():
+    z, labels = torch.zeros(6, 4), torch.arange(6) % 2
+    for loss in (losses.PrototypicalLoss(), losses.TripletMarginLoss("all"), losses.LMNNLoss()):
+        measured, _ = measure(loss, z, labels)
+        assert np.isfinite([*measured.values()]).all() and "collapsed" in diagnose(loss, measured, 0.0)
+    assert retrieval_statistics(z, labels, z, labels, 2).isfinite().all()
+    assert knn_probabilities(z, z, labels, 2).sum(1).tolist() == pytest.approx([1] * 6)
 
 
 def test_a_loss_that_passes_its_margin_on_the_way_down_is_not_pinned():

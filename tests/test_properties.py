@@ -150,6 +150,20 @@ def test_a_loss_does_not_depend_on_order_or_names_and_has_a_finite_gradient(name
         torch.testing.assert_close(loss(z, names[labels], generator), value.detach(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_embeddings_without_length_have_a_bounded_gradient(name, size, dtype):
+    labels = torch.arange(size) % (size // 2)
+    same = [0, size // 2]  # of one class
+    for rows, scale in ((same[:1], 0), (same, 0), ([0, 1], 0), (range(size), 0), (same, 1e-20), (range(size), 1e-20)):
+        z = torch.randn(size, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        z[list(rows)] *= scale
+        value = LOSSES[name]().to(dtype)(z.requires_grad_(), labels, torch.Generator().manual_seed(0))
+        value.backward()
+        assert value.isfinite() and z.grad.norm(dim=1).max() < 1e4, (rows, scale)
+
+
 DTYPES = {"images": [np.uint8, np.int8, np.float32, np.bool_], "labels": [np.int64, np.uint8, np.float64, np.complex64]}
 
 

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from callbacks.report import interval
+from callbacks.report import interval, listed
 from main import main
 from pages import figure, page, table
 
@@ -36,6 +36,11 @@ def test_wilson_interval():
     assert interval("test/knn_accuracy", 0.0, 20) == "0.0000 … 0.1611"
     assert interval("test/precision_at_1", 1.0, 20).endswith("1.0000")
     assert interval("test/loss", 0.5, 20) == "–"
+
+
+def test_a_list_of_many_is_cut():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed(range(1000)).endswith("48, 49 and 950 more")
 
 
 def test_whatever_stands_in_a_page_is_text(tmp_path):

@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from errors import InputError
 
 
+def unit(z: Tensor, shortest: float = 1e-2) -> Tensor:
+    """`z` (N, D), each row divided by its length, or by `shortest` where it is shorter than that: 0 stays 0.
+
+    So a gradient grows by at most 1 / `shortest`; by F.normalize's default, that of an embedding that is 0 would grow
+    by 1e12. Embeddings of the encoders here are at least 0.17 long before training.
+    """
+    return F.normalize(z, dim=1, eps=shortest)
+
+
 def squared_euclidean_matrix(z: Tensor, rows: slice = slice(None)) -> Tensor:
     """‖zᵢ − zⱼ‖² as a matrix product: (B, D) → (B, B) or the `rows` of it, never negative."""
     # Distances do not change with the origin, but rounding does: around the mean, close points lose fewer digits.
@@ -37,7 +46,7 @@ class EuclideanDistance(nn.Module):
         return (4.0 if self.squared else 2.0) if self.normalize else float("inf")
 
     def project(self, z: Tensor) -> Tensor:
-        return F.normalize(z, dim=1) if self.normalize else z
+        return unit(z) if self.normalize else z
 
     def matrix(self, z: Tensor, rows: slice = slice(None)) -> Tensor:
         return self._root(squared_euclidean_matrix(self.project(z), rows))
@@ -67,7 +76,7 @@ class MahalanobisDistance(EuclideanDistance):
         self.factor = nn.Parameter(torch.eye(dim))
 
     def project(self, z: Tensor) -> Tensor:
-        return z @ self.factor.T
+        return z @ self.factor.T.to(z.dtype)
 
 
 class CosineDistance(nn.Module):
@@ -76,8 +85,8 @@ class CosineDistance(nn.Module):
     largest = 2.0
 
     def matrix(self, z: Tensor, rows: slice = slice(None)) -> Tensor:
-        z = F.normalize(z, dim=1)
+        z = unit(z)
         return 1 - z[rows] @ z.T
 
     def pairs(self, x: Tensor, y: Tensor) -> Tensor:
-        return 1 - (F.normalize(x, dim=1) * F.normalize(y, dim=1)).sum(1)
+        return 1 - (unit(x) * unit(y)).sum(1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.losses.distances import unit
 from lightning_modules.losses.triplets import active_counts, anchor_blocks, pair_masks
 
 
@@ -87,7 +88,7 @@ def multi_negative_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor
         pairs = F.softplus(negatives - similarity[valid], threshold=50)
         return pairs.where(positive[valid], 0).sum(), positive.sum()
 
-    total, pairs = _summed(terms, F.normalize(z, dim=1))
+    total, pairs = _summed(terms, unit(z))
     return total / pairs.clamp_min(1)
 
 
@@ -97,7 +98,7 @@ def supcon_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     The paper's L_out, whose mean over the positives stands outside the logarithm (P. Khosla et al., "Supervised
     Contrastive Learning", 2020, equation 2). `z` (B, D), `labels` (B,); anchors without a positive are left out.
     """
-    z = F.normalize(z, dim=1)
+    z = unit(z)
     members, sums = _class_sums(z, labels)
     positives = (members.bincount() - 1).to(z.dtype)[members]
     # The sum over positives of s_ap needs no matrix: it is zₐ · (sum of its class − zₐ).
@@ -121,11 +122,11 @@ def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoot
     batch's classes. `z` (B, D), `labels` (B,); anchors without another image of their class are left out. O(B C) for C
     classes: a triplet's anchor, with one mean for all positives and one for each class of negatives.
     """
-    z = F.normalize(z, dim=1)
+    z = unit(z)
     members, sums = _class_sums(z, labels)
     # A class whose images point everywhere has a sum near 0: below this length its direction fades instead of turning
-    # at once, so that the gradient stays bounded.
-    means, others = (F.normalize(x, dim=1, eps=1e-3) for x in (sums, rows(sums, members) - z))
+    # at once, so the gradient stays bounded. The bound multiplies with that of z, hence not as small a length.
+    means, others = (unit(x, shortest=0.1) for x in (sums, rows(sums, members) - z))
     similarity = (z @ means.T).scatter(1, members[:, None], (z * others).sum(1, keepdim=True))
     terms = F.cross_entropy(similarity / temperature, members, reduction="none", label_smoothing=label_smoothing)
     anchors = members.bincount()[members] > 1
@@ -156,7 +157,7 @@ def pairwise_contrastive_loss(z: Tensor, labels: Tensor, temperature: float) -> 
 
     if len(members := labels.unique(return_counts=True)[1]) < 2 or members.max() < 2:  # no negatives, or no positives
         return z.sum() * 0
-    attract, repel, positives, negatives = _summed(terms, F.normalize(z, dim=1))
+    attract, repel, positives, negatives = _summed(terms, unit(z))
     return -attract / positives - repel / negatives
 
 
