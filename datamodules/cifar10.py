@@ -9,9 +9,9 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from datamodules.arrays import ImageSet, read_npz
-from datamodules.image_folder import image_files, read_images, say_counts
+from datamodules.image_folder import image_files, printable, read_images, say_counts
 from datamodules.in_memory import InMemoryDataModule
-from errors import InputError, first_line, require
+from errors import InputError, first_line, local_path, require
 
 CIFAR100_CLASSES = tuple((
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
@@ -46,19 +46,21 @@ class CIFAR10DataModule(InMemoryDataModule):
         train_npz: str | None = None,
         test_npz: str | None = None,
         download: bool = True,
-        class_names: list[str] | None = None,
+        class_names: list | None = None,
         **kwargs,
     ) -> None:
         names = CIFAR100_CLASSES if dataset == "cifar100" else self.CLASSES
         if class_names is not None:
+            texts = 'names in quotes, such as \'["yes","1"]\': YAML takes some words for something else'
+            require(all(isinstance(n, str) and n.strip() for n in class_names), "data.class_names", class_names, texts)
             different = len(set(class_names)) == len(class_names) >= 2
             require(different, "data.class_names", class_names, "at least two different names")
             own = "those of your own files: give --data.train_npz too"
             require(train_npz is not None, "data.class_names", class_names, own)
         super().__init__(names=class_names or names, **kwargs)
         self.save_hyperparameters()
-        self.root, self.dataset, self.download = Path(root), dataset, download
-        self.npz = {"train": train_npz, "test": test_npz}
+        self.root, self.dataset, self.download = local_path(root), dataset, download
+        self.npz = {k: path and local_path(path) for k, path in (("train", train_npz), ("test", test_npz))}
 
     def prepare_data(self) -> None:
         split = "test" if self.trainer.state.fn in ("test", "predict") else "train"
@@ -73,7 +75,7 @@ class CIFAR10DataModule(InMemoryDataModule):
             return ImageSet(torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets))
         if path.is_dir() and split == "test":
             files = image_files(path)
-            self.test_files = list(map(str, files))
+            self.test_files = list(map(printable, files))
             return ImageSet(read_images(files), None)
         images = read_npz(path, len(self.names), labels_required=split == "train")
         if self.npz[split] is not None and images.labels is not None:
@@ -82,7 +84,9 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     def _npz(self, split: str) -> Path | None:
         if self.npz[split] is not None:
-            return Path(self.npz[split])
+            return self.npz[split]
+        if split == "test" and self.npz["train"] is not None:
+            raise InputError(f"data.test_npz: needed beside data.train_npz {self.npz['train']}, of the same classes")
         path = self.root / f"{self.dataset}_{split}.npz"
         return path if path.exists() else None
 
@@ -92,6 +96,6 @@ class CIFAR10DataModule(InMemoryDataModule):
         try:
             dataset = CIFAR100 if self.dataset == "cifar100" else CIFAR10
             return dataset(str(self.root), train=split == "train", download=download)
-        except (RuntimeError, OSError) as error:  # a failed download is an OSError
+        except Exception as error:  # of whatever kind a download that breaks off leads urllib, tarfile or pickle to
             why = first_line(error) if self.download else "the download is switched off"
             raise InputError(f"no intact {name} in {self.root}/ ({why}); {ways}") from error

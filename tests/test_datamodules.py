@@ -1,6 +1,12 @@
 """Data sets: what is read, split, cached and printed, and their options."""
 
+import http.client
 import pickle
+import ssl
+import tarfile
+import urllib.error
+import zipfile
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +30,7 @@ def digits():
     """The digits as a fit on one CPU process sees them, not augmented."""
     data = DigitsDataModule(translate=0)
     strategy = SimpleNamespace(root_device=torch.device("cpu"), broadcast=lambda value: value)
-    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1)
+    data.trainer = SimpleNamespace(strategy=strategy, global_rank=0, world_size=1, overfit_batches=0)
     data.setup("fit")
     return data
 
@@ -232,3 +238,40 @@ def test_own_files_with_classes_of_their_own(tmp_path, run, refused, capsys):
     )
     refused("fit", "softmax_regression", *own[:1], "--data.class_names=[cat,cat]", words=["class_names", "different"])
     refused("fit", "softmax_regression", own[1], words=["class_names", "--data.train_npz"])
+
+
+@pytest.mark.parametrize("names", ["[yes,no,on]", "[1,2,3]", "[1.5,a,b]", "[null,a,b]", "['',a,b]"])
+def test_class_names_that_yaml_takes_for_something_else_are_refused(tiny, refused, names):
+    own = f"--data.train_npz={tiny / 'cifar10_train.npz'}"
+    refused("fit", "softmax_regression", own, f"--data.class_names={names}", words=["data.class_names", "quotes"])
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_own_training_images_need_their_own_test_images(tiny, run, refused, command):
+    own = f"--data.train_npz={tiny / 'cifar10_train.npz'}"
+    run("fit", "softmax_regression", own)
+    refused(command, "softmax_regression", own, "--ckpt_path=best", words=["data.test_npz", "data.train_npz"])
+    run(command, "softmax_regression", own, f"--data.test_npz={tiny / 'cifar10_test.npz'}", "--ckpt_path=best")
+
+
+def test_an_npz_may_hold_other_files_too(tiny, run):
+    with zipfile.ZipFile(tiny / "cifar10_train.npz", "a") as archive:
+        archive.writestr("README.txt", "no array")
+    run("fit", "softmax_regression", "--trainer.max_steps=1")
+
+
+BROKEN = [
+    http.client.IncompleteRead(b""), http.client.BadStatusLine("garbage"), http.client.RemoteDisconnected(),
+    urllib.error.URLError("no route"), TimeoutError(), ssl.SSLError("certificate"), zlib.error("incorrect header"),
+    EOFError("ended before the marker"), tarfile.ReadError("truncated"), RuntimeError("File not found or corrupted."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=lambda e: type(e).__name__)
+def test_a_download_that_breaks_off_is_one_line_with_what_to_do(tmp_path, tiny, refused, monkeypatch, error):
+    def broken(*args, **options):
+        raise error
+
+    monkeypatch.setattr("datamodules.cifar10.CIFAR10", broken)
+    words = ["no intact CIFAR-10", "put cifar10_train.npz into"]
+    refused("fit", "softmax_regression", f"--data.root={tmp_path / 'empty'}", words=words)

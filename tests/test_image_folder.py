@@ -1,6 +1,7 @@
 """Folders of images: what is read, what is said, what is refused, and every command on them."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,96 @@ def test_a_classifier_predicts_a_folder_and_writes_features(folder, tmp_path, ru
     run("fit", "softmax_regression")
     with pytest.raises(InputError, match="has no encoder"):
         predict("softmax_regression")
+
+
+RAMP = np.tile(np.linspace(0, 1, 32), (32, 1))
+SHOWN = {
+    "16 bits.png": ((RAMP * 65535).astype(np.uint16), {}, RAMP * 255),
+    "16 bits.tif": ((RAMP * 65535).astype(np.uint16), {}, RAMP * 255),
+    "floats.tif": (RAMP.astype(np.float32), {}, RAMP * 255),
+    "bits.png": (RAMP > 0.5, {}, (RAMP > 0.5) * 255),
+    "grey with alpha.png": (np.dstack([RAMP * 0, RAMP * 255]).astype(np.uint8), {}, 255 - RAMP * 255),
+    "turned.jpg": ((RAMP * 255).astype(np.uint8), {"exif": 6, "quality": 95}, RAMP.T * 255),
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_picture_that_a_viewer_shows_is_read(tmp_path, name):
+    array, options, expected = SHOWN[name]
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]
+        options = {**options, "exif": exif}
+    Image.fromarray(array).save(tmp_path / name, **options)
+    read = read_images([tmp_path / name])[0].numpy().astype(float)
+    assert np.abs(read - expected[..., None]).max() <= 3
+
+
+def test_transparent_palettes_cmyk_and_animations_are_read_as_shown(tmp_path):
+    colours = Image.new("RGBA", (32, 32), (200, 30, 30, 0))
+    colours.paste((30, 200, 30, 255), (0, 0, 32, 16))
+    colours.quantize(8).save(tmp_path / "palette.png")
+    colours.convert("RGB").convert("CMYK").save(tmp_path / "cmyk.tif")
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
+    files = [tmp_path / name for name in ("palette.png", "cmyk.tif", "animated.webp")]
+    palette, cmyk, animated = (x.numpy() for x in read_images(files))
+    assert np.abs(palette[8, 8].astype(int) - (30, 200, 30)).max() <= 3 and (palette[24, 8] == 255).all()
+    assert np.abs(cmyk[24, 8].astype(int) - (200, 30, 30)).max() <= 3
+    assert (animated == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("array", [RAMP.astype(np.float32) * 300, (RAMP * 70000).astype(np.int32)])
+def test_greys_of_an_unknown_range_are_refused(tmp_path, array):
+    Image.fromarray(array).save(tmp_path / "grey.tif")
+    with pytest.raises(InputError, match="grey.tif: not a readable image .*convert it"):
+        read_images([tmp_path / "grey.tif"])
+
+
+def test_what_other_programs_leave_is_left_out_and_counted(folder, capsys):
+    (folder / "train" / "red" / "._0.png").write_bytes(b"\0\5\26\7 resource fork")
+    (folder / "train" / "red" / "notes.txt").touch()
+    (folder / "train" / "red" / "gone.png").symlink_to(folder / "nowhere.png")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        for place in (folder / "train", folder / "train" / "blue", folder / "test"):
+            (place / name).mkdir()
+            (place / name / "0.png").write_bytes(b"no image")
+    (folder / "train" / ".DS_Store").touch()
+    data = ImageFolderDataModule(str(folder))
+    data.split("train"), data.split("test")
+    assert data.class_names == ["blue", "green", "red"] and len(data._all_labels) == 150
+    said = capsys.readouterr().out
+    assert f"files in {folder / 'train'} that are left out: " in said
+    assert all(kind in said for kind in ("1 hidden", "1 of kind .txt", "1 links that lead nowhere"))
+
+
+def test_linked_folders_are_read_and_loops_end(folder, tmp_path):
+    (folder / "train" / "red").rename(tmp_path / "elsewhere")
+    (folder / "train" / "red").symlink_to(tmp_path / "elsewhere")
+    (folder / "train" / "green").rename(folder / "train" / "red" / "more")
+    (folder / "train" / "green").mkdir()
+    (folder / "train" / "green" / "linked").symlink_to(folder / "train" / "red" / "more")
+    (folder / "train" / "green" / "linked" / "up").symlink_to(folder / "train" / "green")
+    data = ImageFolderDataModule(str(folder))
+    data.split("train")
+    assert data._all_labels.bincount().tolist() == [40, 50, 60 + 50]
+
+
+def test_a_class_that_is_a_broken_link_is_refused(folder):
+    (folder / "train" / "black").symlink_to(folder / "nowhere")
+    with pytest.raises(InputError, match="link black: must be a link to a folder"):
+        ImageFolderDataModule(str(folder))
+
+
+def test_names_in_any_script_and_encoding(folder, tmp_path):
+    (folder / "train" / "red").rename(folder / "train" / "красный $^$")
+    raw = bytes(folder / "train") + b"/gr\xfcn"
+    (folder / "train" / "green").rename(Path(raw.decode(errors="surrogateescape")))
+    for name in ("red", "blue"):
+        shutil.rmtree(folder / "test" / name)
+    image = Path((bytes(folder / "test") + b"/\xfc.png").decode(errors="surrogateescape"))
+    Image.new("RGB", (32, 32)).save(image, format="png")
+    command(tmp_path, "fit", "softmax_regression", "--trainer.max_steps=2")
+    cli = command(tmp_path, "predict", "softmax_regression", "--ckpt_path=best")
+    text = (cli.run.folder / "predictions.csv").read_text(encoding="utf-8")
+    assert "\\udcfc" in text and cli.model.class_names == ["blue", "gr\\udcfcn", "красный $^$"]
