@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.common import Rows, arguments, fresh, machine, measured, save, table
 from errors import InputError, one_line
 
-NAMES = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "inspection", "gpu")
+NAMES = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "inspection", "busy", "gpu")
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 

@@ -11,7 +11,18 @@ import pytest
 from errors import InputError
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "inspection", "gpu")
+BENCHMARKS = (
+    "training",
+    "losses",
+    "probe",
+    "regression",
+    "evaluation",
+    "startup",
+    "scaling",
+    "inspection",
+    "busy",
+    "gpu",
+)
 STUDIES = (["studies.recipes", "smoothing", "averaging"], ["studies.reading"], ["studies.report"])
 
 
