@@ -54,9 +54,9 @@ class FrozenEncoder(Callback):
         encoder = encoder_from_checkpoint(path, checkpoint).to(trainer.strategy.root_device)
         _check_data(path, checkpoint, trainer.datamodule)
         pl_module.adopt(encoder, checkpoint)
+        # Lightning casts the whole stage later: the features are those of the weights that validate and test read.
+        trainer.precision_plugin.convert_module(encoder)
         if self.cache and not pl_module.trains_encoder and not trainer.datamodule.augments:
-            # Lightning casts the whole stage later: the features are those of the weights that validate and test read.
-            trainer.precision_plugin.convert_module(encoder)
             with trainer.precision_plugin.forward_context():
                 loaders = [trainer.datamodule.evaluation_loader(split) for split in ("train", "val")]
                 features = encoder.embed_all(loaders[0], single_view=True), encoder.embed_all(loaders[1])

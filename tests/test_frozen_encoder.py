@@ -47,10 +47,11 @@ def test_probe_reads_the_trained_encoder_and_leaves_it_alone(encoder_run, run, c
     assert optimised == sum(p.numel() for p in cli.model.head.parameters())
 
 
-@pytest.mark.parametrize("config", PROBES)
-def test_cached_and_recomputed_features_give_the_same_head_bit_for_bit(encoder_run, run, config):
-    cached = head_weights(run("fit", config, "--trainer.max_epochs=4", "--trainer.precision=32-true"))
-    again = run("fit", config, "--trainer.max_epochs=4", "--trainer.precision=32-true", "--frozen_encoder.cache=false")
+@pytest.mark.parametrize("config, precision", [*((c, "32-true") for c in PROBES), ("linear_probe", "bf16-true")])
+def test_cached_and_recomputed_features_give_the_same_head_bit_for_bit(encoder_run, run, config, precision):
+    options = ["--trainer.max_epochs=4", f"--trainer.precision={precision}"]
+    cached = head_weights(run("fit", config, *options))
+    again = run("fit", config, *options, "--frozen_encoder.cache=false")
     assert again.datamodule.train_features is None
     recomputed = head_weights(again)
     assert cached.keys() == recomputed.keys()
