@@ -41,21 +41,25 @@ def leave_room(default: int, cpus: int, others: float) -> int:
 
 
 @cache
-def chosen(before: Reading | None) -> int:
-    """The number of threads, and a line where it is below PyTorch's own. `before` is this process's first reading."""
+def chosen(before: Reading | None) -> int | None:
+    """The number of threads, with a line, where it is to be below PyTorch's own; None where that stays.
+
+    `before` is this process's first reading.
+    """
     import torch
 
     default = torch.get_num_threads()
     if before is None:
-        return default
+        return None
     time.sleep(max(0.0, LEAST - (time.monotonic() - before.at)))
-    after, cpus = read(), len(os.sched_getaffinity(0))
+    if (after := read()) is None:
+        return None
+    cpus = len(os.sched_getaffinity(0))
     others = (after.everyone - before.everyone - (after.own - before.own)) / (after.at - before.at)
     count = leave_room(default, cpus, others)
-    if count < default:
-        print(
-            f"threads: {count} of {default}, since other programs use {others:.1f} of {cpus} CPUs; --threads N decides"
-        )
+    if count == default:
+        return None
+    print(f"threads: {count} of {default}, since other programs use {others:.1f} of {cpus} CPUs; --threads N decides")
     return count
 
 

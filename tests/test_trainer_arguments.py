@@ -80,8 +80,12 @@ pytestmark = pytest.mark.filterwarnings(
 )  # fmt: skip
 
 
-def arguments(options):
-    return [(name, value) for name, values in options.items() for value in values]
+def arguments(options, first=False):
+    """Each option with each of its values; `first`: further values are slow tests, but for precisions and loggers."""
+    for name, values in options.items():
+        for i, value in enumerate(values):
+            slow = first and i and name not in ("precision", "logger")
+            yield pytest.param(name, value, marks=[pytest.mark.slow] if slow else [])
 
 
 def logged(name, value, tmp_path):
@@ -101,7 +105,7 @@ def test_pixels(tmp_path, run, monkeypatch, name, value):
     leave_processes()  # those of strategy ddp
 
 
-@pytest.mark.parametrize("name, value", arguments(SHARED))
+@pytest.mark.parametrize("name, value", arguments(SHARED, first=True))
 def test_an_encoder(tmp_path, run, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
     cli = run("fit", "triplet_encoder", PLAIN, *SMALL, *logged(name, value, tmp_path))
@@ -117,7 +121,7 @@ def encoder_run(tmp_path_factory):
     return runs / "triplet_encoder" / "version_0"
 
 
-@pytest.mark.parametrize("name, value", arguments(SHARED))
+@pytest.mark.parametrize("name, value", arguments(SHARED, first=True))
 def test_a_probe(tmp_path, run, encoder_run, monkeypatch, name, value):
     monkeypatch.chdir(tmp_path)
     encoder = f"--frozen_encoder.run={encoder_run}"

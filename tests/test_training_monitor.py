@@ -91,7 +91,7 @@ def test_without_pictures_the_metrics_are_the_same(run, events, tmp_path):
     for pictures in ("true", "false"):
         run("fit", *SMALL, f"--pictures={pictures}", "--tsne.samples=20", "--trainer.precision=32-true")
     shown, plain = (tmp_path / "runs/triplet_encoder" / f"version_{k}" for k in (0, 1))
-    assert sorted(p.name for p in shown.glob("*.png")) == ["curves.png", "tsne.png"]
+    assert sorted(p.name for p in shown.glob("*.png")) == ["curves.png", "pca.png", "tsne.png"]
     assert list(plain.rglob("*.png")) == [] and events("triplet_encoder", 1).Tags()["images"] == []
     assert (plain / "metrics.csv").read_text() == (shown / "metrics.csv").read_text()
     assert events("triplet_encoder", 0).Tags()["scalars"] == events("triplet_encoder", 1).Tags()["scalars"]
