@@ -1,6 +1,7 @@
 """Data sets: what is read, split, cached and printed, and their options."""
 
 import http.client
+import os
 import pickle
 import ssl
 import tarfile
@@ -21,7 +22,7 @@ from datamodules.arrays import ImageSet, stratified_split
 from datamodules.cifar10 import CIFAR100_CLASSES
 from datamodules.in_memory import InMemoryDataModule
 from datamodules.loader import BatchLoader
-from errors import InputError
+from errors import InputError, local_path
 from main import main
 
 
@@ -275,3 +276,21 @@ def test_a_download_that_breaks_off_is_one_line_with_what_to_do(tmp_path, tiny, 
     monkeypatch.setattr("datamodules.cifar10.CIFAR10", broken)
     words = ["no intact CIFAR-10", "put cifar10_train.npz into"]
     refused("fit", "softmax_regression", f"--data.root={tmp_path / 'empty'}", words=words)
+
+
+def test_a_home_that_there_is_not_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="~nobody-here/data: there is no home of a user nobody-here"):
+        local_path("~nobody-here/data")
+    (tmp_path / "~nobody-here").mkdir()
+    assert local_path("~nobody-here").is_dir()
+
+
+def test_a_path_that_may_not_be_looked_at_is_one_line(monkeypatch):
+    def denied(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="the variable b is not set"):
+        patched.delenv("b", raising=False)
+        patched.setattr(os, "stat", denied)
+        local_path("/closed/a$b")
