@@ -1,6 +1,7 @@
 """CIFAR-10 from .npz files or from torchvision (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny
 Images", 2009)."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -9,8 +10,8 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from datamodules.arrays import ImageSet, read_npz
-from datamodules.image_folder import image_files, printable, read_images, say_counts
-from datamodules.in_memory import InMemoryDataModule
+from datamodules.image_folder import image_files, read_images, say_counts, say_left_out
+from datamodules.in_memory import InMemoryDataModule, printable
 from errors import InputError, first_line, local_path, require
 
 CIFAR100_CLASSES = tuple((
@@ -74,7 +75,9 @@ class CIFAR10DataModule(InMemoryDataModule):
             # torchvision's array is a view of channel-first data, whose batches would not be channels last in memory.
             return ImageSet(torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets))
         if path.is_dir() and split == "test":
-            files = image_files(path)
+            left_out = Counter()
+            files = image_files(path, left_out)
+            say_left_out(left_out, path)
             self.test_files = list(map(printable, files))
             return ImageSet(read_images(files), None)
         images = read_npz(path, len(self.names), labels_required=split == "train")
