@@ -26,12 +26,18 @@ def require(valid: bool, name: str, value: Any, expected: str) -> None:
 
 
 def local_path(text: str | Path) -> Path:
-    """A path of this machine, with a leading `~` and `$VARIABLE`s replaced. Raises InputError for an unset variable."""
-    path = Path(os.path.expandvars(text)).expanduser()
-    unset = re.search(r"\$(\w+|\{\w+\})", str(path))
-    if unset is not None and not path.exists():  # a dollar may be part of a name
-        raise InputError(f"{text}: the variable {unset[1].strip('{}')} is not set")
-    return path
+    """A path of this machine, with a leading `~` and `$VARIABLE`s replaced.
+
+    Raises InputError for a variable that is not set, and for the home of a user that there is not.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if not os.path.exists(path):  # these signs may be part of a name
+        unset = re.search(r"\$(\w+|\{\w+\})", path)
+        if unset is not None:
+            raise InputError(f"{text}: the variable {unset[1].strip('{}')} is not set")
+        if path.startswith("~"):
+            raise InputError(f"{text}: there is no home of a user {Path(path).parts[0][1:]}")
+    return Path(path)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -26,8 +27,9 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
 
     Raises InputError where the file is missing, damaged, pickled, claims more than it can hold, or holds anything else.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give an .npz with images (N, 32, 32, 3) uint8 and labels (N,)")
+    if not os.path.isfile(path):
+        expected = "an .npz with images (N, 32, 32, 3) uint8 and labels (N,)"
+        raise InputError(f"{path}: no such file, or not readable; give {expected}")
     try:
         arrays = _arrays(path, ("images", "labels") if labels_required else ("images",))
     except InputError:
@@ -102,12 +104,13 @@ def _arrays(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
         _check_size(path, archive.zip)
+        members = archive.zip.namelist()  # others than these two may be of any kind, one called `images` too
         for name in required:
             hint = "; a file without labels serves predict only" if name == "labels" else ""
-            if name not in archive:
-                found = ", ".join(archive) or "nothing"
+            if f"{name}.npy" not in members:
+                found = ", ".join(members) or "nothing"
                 raise InputError(f"{path}: no array named '{name}' (found: {found}){hint}")
-        return {name: archive[name] for name in ("images", "labels") if name in archive}
+        return {name: archive[f"{name}.npy"] for name in ("images", "labels") if f"{name}.npy" in members}
 
 
 def _check_size(path: Path, archive: zipfile.ZipFile) -> None:

@@ -1,6 +1,9 @@
 """CIFAR-10 from .npz files or from torchvision (A. Krizhevsky, "Learning Multiple Layers of Features from Tiny
 Images", 2009)."""
 
+import os
+import socket
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -9,10 +12,11 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from datamodules.arrays import ImageSet, read_npz
-from datamodules.image_folder import image_files, printable, read_images, say_counts
-from datamodules.in_memory import InMemoryDataModule
+from datamodules.image_folder import image_files, read_images, say_counts, say_left_out
+from datamodules.in_memory import InMemoryDataModule, printable
 from errors import InputError, first_line, local_path, require
 
+SILENCE = 60  # seconds after which a server that sends nothing is given up; urllib waits for ever
 CIFAR100_CLASSES = tuple((
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can "
     "castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin "
@@ -60,7 +64,10 @@ class CIFAR10DataModule(InMemoryDataModule):
         super().__init__(names=class_names or names, **kwargs)
         self.save_hyperparameters()
         self.root, self.dataset, self.download = local_path(root), dataset, download
-        self.npz = {k: path and local_path(path) for k, path in (("train", train_npz), ("test", test_npz))}
+        given = {"train": train_npz, "test": test_npz}
+        for split, path in given.items():  # as `--data.test_npz=$UNSET` gives it
+            require(path != "", f"data.{split}_npz", "''", "a file's name; leave the option out for the data set's own")
+        self.npz = {split: path and local_path(path) for split, path in given.items()}
 
     def prepare_data(self) -> None:
         split = "test" if self.trainer.state.fn in ("test", "predict") else "train"
@@ -73,8 +80,10 @@ class CIFAR10DataModule(InMemoryDataModule):
             dataset = self._torchvision(split, download=False)
             # torchvision's array is a view of channel-first data, whose batches would not be channels last in memory.
             return ImageSet(torch.from_numpy(np.ascontiguousarray(dataset.data)), torch.tensor(dataset.targets))
-        if path.is_dir() and split == "test":
-            files = image_files(path)
+        if os.path.isdir(path) and split == "test":
+            left_out = Counter()
+            files = image_files(path, left_out)
+            say_left_out(left_out, path)
             self.test_files = list(map(printable, files))
             return ImageSet(read_images(files), None)
         images = read_npz(path, len(self.names), labels_required=split == "train")
@@ -88,14 +97,18 @@ class CIFAR10DataModule(InMemoryDataModule):
         if split == "test" and self.npz["train"] is not None:
             raise InputError(f"data.test_npz: needed beside data.train_npz {self.npz['train']}, of the same classes")
         path = self.root / f"{self.dataset}_{split}.npz"
-        return path if path.exists() else None
+        return path if os.path.lexists(path) else None  # a link that leads nowhere is refused, not downloaded
 
     def _torchvision(self, split: str, download: bool) -> CIFAR10:
         name = self.dataset.replace("cifar", "CIFAR-")
         ways = f"put {self.dataset}_{split}.npz into {self.root}/, or give --data.{split}_npz FILE"
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(before or SILENCE)
         try:
             dataset = CIFAR100 if self.dataset == "cifar100" else CIFAR10
             return dataset(str(self.root), train=split == "train", download=download)
         except Exception as error:  # of whatever kind a download that breaks off leads urllib, tarfile or pickle to
             why = first_line(error) if self.download else "the download is switched off"
             raise InputError(f"no intact {name} in {self.root}/ ({why}); {ways}") from error
+        finally:
+            socket.setdefaulttimeout(before)

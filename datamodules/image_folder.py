@@ -14,8 +14,19 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import center_crop, resize
 
 from datamodules.arrays import ImageSet
-from datamodules.in_memory import InMemoryDataModule, say
+from datamodules.in_memory import InMemoryDataModule, printable, say
 from errors import InputError, first_line, local_path, require
+
+# What Windows, macOS, Linux and network drives leave in folders; Thumbs.db and @eaDir hold small copies of the images.
+LEFT_THERE = (
+    "thumbs.db",
+    "desktop.ini",
+    "__macosx",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+)
 
 
 class ImageFolderDataModule(InMemoryDataModule):
@@ -41,8 +52,9 @@ class ImageFolderDataModule(InMemoryDataModule):
 
     def load(self, split: str) -> ImageSet:
         folder, left_out = self.root / split, Counter()
-        found = class_folders(folder)
+        found = class_folders(folder, left_out)
         if split == "test" and not found:
+            left_out.clear()
             files, labels = image_files(folder, left_out), None
         else:
             for name in found:
@@ -52,65 +64,87 @@ class ImageFolderDataModule(InMemoryDataModule):
             files, labels = zip(*((path, label) for label, place in here for path in image_files(place, left_out)))
             labels = torch.tensor(labels)
             say_counts(labels, self.names, folder)
-        if left_out:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
-            say(f"data: files in {folder} that are left out: {kinds}")
+        say_left_out(left_out, folder)
         if split == "test" and not self.classes:
             self.test_files = list(map(printable, files))
         return ImageSet(read_images(files), labels)
 
 
-def printable(text: str | Path) -> str:
-    """A name as text in UTF-8: bytes that are none of any letter become escapes."""
-    return str(text).encode(errors="backslashreplace").decode()
-
-
 def hidden(name: str) -> bool:
-    """Whether a file browser does not show what some program has left there."""
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+    """Whether a file browser does not show what a system or some program has left there."""
+    return name.startswith(".") or name.lower() in LEFT_THERE
 
 
-def class_folders(folder: Path) -> dict[str, Path]:
-    """The folders in `folder` by name, in alphabetical order. Raises InputError where it is none."""
+def kind_of(path: Path) -> str:
+    """What a file that is not read is called in the line about them."""
+    if hidden(path.name):
+        return "hidden"
+    if not os.path.exists(path):
+        return "links that lead nowhere"
+    return f"of kind {path.suffix.lower() or 'unknown'}"
+
+
+def class_folders(folder: Path, left_out: Counter | None = None) -> dict[str, Path]:
+    """The folders in `folder` by name, in alphabetical order. Raises InputError where it is none.
+
+    `left_out` counts by kind what lies beside them.
+    """
     try:
-        places = sorted(path for path in folder.iterdir() if not hidden(path.name))
+        places = sorted(folder.iterdir())
+        for path in (p for p in places if not hidden(p.name)):
+            require(path.exists(), f"{folder}: link", path.name, "a link to a folder or file that is there")
     except OSError as error:
         why = f"no such folder, or not readable ({error.strerror})"
         raise InputError(f"{folder}: {why}; it is to hold a folder of images for each class") from error
-    for path in places:
-        require(path.exists(), f"{folder}: link", path.name, "a link to a folder or file that is there")
-    return {printable(path.name): path for path in places if path.is_dir()}
+    found = [path for path in places if not hidden(path.name) and path.is_dir()]
+    if left_out is not None:
+        left_out.update(f"{kind_of(path)} beside the class folders" for path in places if path not in found)
+    return {printable(path.name): path for path in found}
 
 
 def image_files(folder: Path, left_out: Counter | None = None) -> list[Path]:
     """The images in `folder` and below, linked folders too, sorted by path.
 
-    `left_out` counts the other files by kind. Raises InputError where there is no image, or a folder is not readable.
+    `left_out` counts by kind what is not read. Raises InputError where there is no image, or a folder is not readable.
     """
-    left_out, files, seen = Counter() if left_out is None else left_out, [], set()
+    left_out, files = Counter() if left_out is None else left_out, []
+    seen = {str(place) for place in Path(os.path.realpath(folder)).parents}  # a link may lead back up
 
     def unreadable(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        seen.add(os.path.realpath(place))  # a link may lead back up
-        folders[:] = [f for f in folders if not hidden(f) and os.path.realpath(Path(place, f)) not in seen]
+        if os.path.realpath(place) in seen:
+            left_out["linked folders that are read elsewhere or lead back up"] += 1
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        left_out.update("hidden" for name in folders if hidden(name))
+        folders[:] = sorted(name for name in folders if not hidden(name))
         for path in (Path(place, name) for name in names):
-            if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not hidden(path.name):
+            if path.suffix.lower() in IMG_EXTENSIONS and os.path.isfile(path) and not hidden(path.name):
                 files.append(path)
             else:
-                kind = "hidden" if hidden(path.name) else f"of kind {path.suffix or 'unknown'}"
-                left_out[kind if path.exists() else "links that lead nowhere"] += 1
+                left_out[kind_of(path)] += 1
     if not files:
         raise InputError(f"{folder}: no images ({', '.join(IMG_EXTENSIONS)}) in this folder")
     return sorted(files)
 
 
+def say_left_out(left_out: Counter, where: Path) -> None:
+    """Prints how many files and folders are not read, by kind, if there are any."""
+    if left_out:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
+        say(f"data: files in {where} that are left out: {kinds}")
+
+
 def say_counts(labels: Tensor, names: tuple[str, ...], where: Path) -> None:
-    """Prints how many images there are, and how unequal the classes are."""
+    """Prints how many images there are, how unequal the classes are, and which of them have none."""
     counts = labels.bincount(minlength=len(names)).tolist()
     few, many = (f"{counts[i]:,} {names[i]}" for i in (counts.index(min(counts)), counts.index(max(counts))))
-    say(f"data: {len(labels):,} images of {len(names)} classes in {where}; fewest {few}, most {many}")
+    none = [name for name, count in zip(names, counts) if not count]
+    missing = f"; none of {', '.join(none[:20])}{', …' * (len(none) > 20)}" if none else ""
+    say(f"data: {len(labels):,} images of {len(names)} classes in {where}; fewest {few}, most {many}{missing}")
 
 
 def read_images(files: Sequence[Path]) -> Tensor:
@@ -140,17 +174,28 @@ def read_images(files: Sequence[Path]) -> Tensor:
 def as_shown(file: Image.Image) -> Image.Image:
     """The picture that a viewer shows, in RGB: upright, on white where it is transparent, of an animation the first.
 
-    Greys of 16 bits keep their upper eight; greys in floats are taken as 0 … 1. Raises ValueError for other numbers.
+    Greys of 12 and 16 bits keep their upper eight; greys in floats are taken as 0 … 1. Raises ValueError for other
+    numbers, and for a transparent colour of 16 bits, which Pillow does not find again.
     """
     image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PNG"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode == "I" or not (0 <= values.min() and values.max() <= 1):
-            raise ValueError("grey values that are neither of 8 or 16 bits nor floats from 0 to 1; convert it")
-        image = Image.fromarray((values * 255).round().astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int | tuple) and (image.mode[0] == "I" or np.max(transparent) > 255):
+        raise ValueError("one transparent colour of 16 bits; convert it to an image with an alpha channel")
+    if image.mode[0] in "IF":
+        image = Image.fromarray(_eight_bits(np.asarray(image), file))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray, file: Image.Image) -> np.ndarray:
+    """Greys of more bits, as Pillow reads them from `file`, as uint8."""
+    tags = getattr(file, "tag_v2", {})  # of a TIFF: 258, the bits of a pixel, and 262, 0 where 0 is white
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
+        values = values.astype(np.int64) >> tags.get(258, (16,))[0] - 8
+    elif file.mode == "F" and 0 <= values.min() and values.max() <= 1:
+        values = (values.astype(np.float64) * 255).round()
+    else:
+        raise ValueError("grey values that are neither of 8, 12 or 16 bits nor floats from 0 to 1; convert it")
+    return (255 - values if tags.get(262) == 0 else values).astype(np.uint8)

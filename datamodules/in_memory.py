@@ -1,6 +1,7 @@
 """What all data sets here share: splits held in memory as uint8, and the loaders that cut batches from them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -11,7 +12,16 @@ from datamodules.arrays import ImageSet, images_sha256, select_classes, stratifi
 from datamodules.loader import BatchLoader
 from errors import InputError, require
 
-say = rank_zero_only(print)  # what a data set has to report, once for all processes
+
+def printable(text: str | Path) -> str:
+    """A name as text in UTF-8: bytes that are none of any letter become escapes."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Prints what a data set has to report, once for all processes."""
+    print(printable(text))
 
 
 class InMemoryDataModule(LightningDataModule):

@@ -1,7 +1,9 @@
 """Data sets: what is read, split, cached and printed, and their options."""
 
 import http.client
+import os
 import pickle
+import socket
 import ssl
 import tarfile
 import urllib.error
@@ -21,7 +23,7 @@ from datamodules.arrays import ImageSet, stratified_split
 from datamodules.cifar10 import CIFAR100_CLASSES
 from datamodules.in_memory import InMemoryDataModule
 from datamodules.loader import BatchLoader
-from errors import InputError
+from errors import InputError, local_path
 from main import main
 
 
@@ -256,8 +258,43 @@ def test_own_training_images_need_their_own_test_images(tiny, run, refused, comm
 
 def test_an_npz_may_hold_other_files_too(tiny, run):
     with zipfile.ZipFile(tiny / "cifar10_train.npz", "a") as archive:
-        archive.writestr("README.txt", "no array")
+        for name in ("README.txt", "images", "labels"):
+            archive.writestr(name, "no array")
     run("fit", "softmax_regression", "--trainer.max_steps=1")
+
+
+def test_an_npz_with_another_file_in_place_of_its_images_is_refused(tiny, refused):
+    with zipfile.ZipFile(tiny / "cifar10_train.npz", "w") as archive:
+        archive.writestr("images", "no array")
+    refused("fit", "softmax_regression", words=["cifar10_train.npz: no array named 'images' (found: images)"])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_name_of_no_file_is_refused(refused, split):
+    words = [f"data.{split}_npz '': must be a file's name"]
+    refused("fit", "softmax_regression", f"--data.{split}_npz=", words=words)
+
+
+@pytest.mark.parametrize("place", ["data", "closed.npz"])
+def test_a_place_that_may_not_be_looked_at_is_one_line(tmp_path, tiny, refused, monkeypatch, place):
+    def denied_in(call):
+        def denied(path, *args, **options):
+            if str(path).startswith(str(tmp_path / place)):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **options)
+
+        return denied
+
+    for name in ("stat", "lstat"):
+        monkeypatch.setattr(os, name, denied_in(getattr(os, name)))
+    options = [f"--data.train_npz={tmp_path / place}"] if place == "closed.npz" else ["--data.download=false"]
+    refused("fit", "softmax_regression", *options, words=[str(tmp_path / place)])
+
+
+def test_a_link_that_leads_nowhere_is_refused_before_a_download(tiny, refused):
+    (tiny / "cifar10_train.npz").unlink()
+    (tiny / "cifar10_train.npz").symlink_to(tiny / "gone.npz")
+    refused("fit", "softmax_regression", words=["cifar10_train.npz: no such file"])
 
 
 BROKEN = [
@@ -275,3 +312,31 @@ def test_a_download_that_breaks_off_is_one_line_with_what_to_do(tmp_path, tiny, 
     monkeypatch.setattr("datamodules.cifar10.CIFAR10", broken)
     words = ["no intact CIFAR-10", "put cifar10_train.npz into"]
     refused("fit", "softmax_regression", f"--data.root={tmp_path / 'empty'}", words=words)
+
+
+def test_a_home_that_there_is_not_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="~nobody-here/data: there is no home of a user nobody-here"):
+        local_path("~nobody-here/data")
+    (tmp_path / "~nobody-here").mkdir()
+    assert local_path("~nobody-here").is_dir()
+
+
+def test_a_path_that_may_not_be_looked_at_is_one_line(monkeypatch):
+    def denied(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched, pytest.raises(InputError, match="the variable b is not set"):
+        patched.delenv("b", raising=False)
+        patched.setattr(os, "stat", denied)
+        local_path("/closed/a$b")
+
+
+def test_a_server_that_goes_silent_is_given_up(tmp_path, tiny, refused, monkeypatch):
+    monkeypatch.setattr("datamodules.cifar10.SILENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it takes the connection and never answers
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz"
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", url)
+        root = f"--data.root={tmp_path / 'empty'}"
+        refused("fit", "softmax_regression", root, words=["timed out", "put cifar10_train"])
+    assert socket.getdefaulttimeout() is None

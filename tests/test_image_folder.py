@@ -1,7 +1,11 @@
 """Folders of images: what is read, what is said, what is refused, and every command on them."""
 
 import csv
+import io
 import shutil
+import struct
+import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +14,7 @@ import torch
 from conftest import CONFIGS
 from PIL import Image
 
-from datamodules import ImageFolderDataModule
+from datamodules import CIFAR10DataModule, ImageFolderDataModule
 from datamodules.image_folder import read_images
 from errors import InputError
 from main import main, one_line
@@ -164,6 +168,8 @@ SHOWN = {
     "floats.tif": (RAMP.astype(np.float32), {}, RAMP * 255),
     "bits.png": (RAMP > 0.5, {}, (RAMP > 0.5) * 255),
     "grey with alpha.png": (np.dstack([RAMP * 0, RAMP * 255]).astype(np.uint8), {}, 255 - RAMP * 255),
+    "0 is white.tif": ((65535 - RAMP * 65535).astype(np.uint16), {"white": 0}, RAMP * 255),
+    "floats, 0 is white.tif": ((1 - RAMP).astype(np.float32), {"white": 0}, RAMP * 255),
     "turned.jpg": ((RAMP * 255).astype(np.uint8), {"exif": 6, "quality": 95}, RAMP.T * 255),
 }
 
@@ -175,6 +181,8 @@ def test_the_picture_that_a_viewer_shows_is_read(tmp_path, name):
         exif = Image.Exif()
         exif[0x0112] = options["exif"]
         options = {**options, "exif": exif}
+    if "white" in options:
+        options = {"tiffinfo": {262: options["white"]}}
     Image.fromarray(array).save(tmp_path / name, **options)
     read = read_images([tmp_path / name])[0].numpy().astype(float)
     assert np.abs(read - expected[..., None]).max() <= 3
@@ -192,6 +200,37 @@ def test_transparent_palettes_cmyk_and_animations_are_read_as_shown(tmp_path):
     assert np.abs(palette[8, 8].astype(int) - (30, 200, 30)).max() <= 3 and (palette[24, 8] == 255).all()
     assert np.abs(cmyk[24, 8].astype(int) - (200, 30, 30)).max() <= 3
     assert (animated == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("top", [255, 1023, 65535])
+def test_greys_of_any_depth_in_pgm_are_read(tmp_path, top):
+    values = (RAMP * top).astype(">u2" if top > 255 else np.uint8)
+    (tmp_path / "grey.pgm").write_bytes(b"P5 32 32 %d\n" % top + values.tobytes())
+    assert np.abs(read_images([tmp_path / "grey.pgm"])[0].numpy() - RAMP[..., None] * 255).max() <= 1
+
+
+def test_greys_of_twelve_bits_keep_their_brightness(tmp_path):
+    """Written by hand, since Pillow only reads them: two pixels in three bytes."""
+    left, right = np.moveaxis((RAMP * 4095).astype(int).reshape(32, 16, 2), 2, 0)
+    pixels = np.stack([left >> 4, (left & 15) << 4 | right >> 8, right & 255], 2).astype(np.uint8).tobytes()
+    tags = {256: 32, 257: 32, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 32, 279: len(pixels)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(pixels))
+    (tmp_path / "12.tif").write_bytes(start + pixels + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert np.abs(read_images([tmp_path / "12.tif"])[0].numpy() - RAMP[..., None] * 255).max() <= 1
+
+
+@pytest.mark.parametrize("kind, channels", [(0, 1), (2, 3)])
+def test_a_transparent_colour_of_sixteen_bits_is_refused(tmp_path, kind, channels):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", 32, 32, 16, kind, 0, 0, 0)
+    rows = zlib.compress((b"\0" + struct.pack(">H", 1000) * 32 * channels) * 32)
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(">H", 1000) * channels), (b"IDAT", rows), (b"IEND", b"")]
+    (tmp_path / "keyed.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
+    with pytest.raises(InputError, match="keyed.png: .*transparent colour of 16 bits"):
+        read_images([tmp_path / "keyed.png"])
 
 
 @pytest.mark.parametrize("array", [RAMP.astype(np.float32) * 300, (RAMP * 70000).astype(np.int32)])
@@ -214,8 +253,38 @@ def test_what_other_programs_leave_is_left_out_and_counted(folder, capsys):
     data.split("train"), data.split("test")
     assert data.class_names == ["blue", "green", "red"] and len(data._all_labels) == 150
     said = capsys.readouterr().out
-    assert f"files in {folder / 'train'} that are left out: " in said
-    assert all(kind in said for kind in ("1 hidden", "1 of kind .txt", "1 links that lead nowhere"))
+    assert f"files in {folder / 'train'} that are left out: 3 hidden beside the class folders, " in said
+    assert all(kind in said for kind in (", 3 hidden", "1 of kind .txt", "1 links that lead nowhere"))
+    assert f"files in {folder / 'test'} that are left out: 2 hidden beside the class folders\n" in said
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "System Volume Information", "lost+found"])
+def test_folders_of_systems_and_drives_are_no_classes(folder, name):
+    for place in (folder / "train" / name, folder / "train" / "red" / name):
+        place.mkdir()
+        Image.new("RGB", (32, 32)).save(place / "small copy.jpg")
+    data = ImageFolderDataModule(str(folder))
+    assert len(data.names) == 3 and data.load("train").labels.bincount().tolist() == [40, 50, 60]
+
+
+def test_images_beside_the_class_folders_and_classes_without_test_images_are_said(folder, capsys):
+    for split in ("train", "test"):
+        Image.new("RGB", (32, 32)).save(folder / split / "stray.PNG")
+    data = ImageFolderDataModule(str(folder))
+    data.split("train"), data.split("test")
+    said = capsys.readouterr().out
+    assert said.count("left out: 1 of kind .png beside the class folders") == 2
+    assert said.count("none of") == 1 and "most 6 red; none of green\n" in said
+
+
+def test_what_is_left_out_of_a_folder_to_predict_is_said(tmp_path, capsys):
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    for name in ("2.HEIC", "3.heic", "._1.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert len(CIFAR10DataModule(test_npz=str(tmp_path)).load("test").images) == 1
+    said = capsys.readouterr().out
+    assert all(kind in said for kind in ("2 of kind .heic", "1 hidden", "1 links that lead nowhere"))
 
 
 def test_linked_folders_are_read_and_loops_end(folder, tmp_path):
@@ -228,6 +297,17 @@ def test_linked_folders_are_read_and_loops_end(folder, tmp_path):
     data = ImageFolderDataModule(str(folder))
     data.split("train")
     assert data._all_labels.bincount().tolist() == [40, 50, 60 + 50]
+
+
+def test_no_image_is_read_twice_or_under_another_class_by_a_link(folder, capsys):
+    red = folder / "train" / "red"
+    (red / "more").mkdir()
+    Image.new("RGB", (32, 32)).save(red / "more" / "1.png")
+    (red / "again").symlink_to(red / "more")
+    (red / "all").symlink_to(folder / "train")
+    data = ImageFolderDataModule(str(folder))
+    assert data.load("train").labels.bincount().tolist() == [40, 50, 60 + 1]
+    assert "2 linked folders that are read elsewhere or lead back up" in capsys.readouterr().out
 
 
 def test_a_class_that_is_a_broken_link_is_refused(folder):
@@ -248,3 +328,13 @@ def test_names_in_any_script_and_encoding(folder, tmp_path):
     cli = command(tmp_path, "predict", "softmax_regression", "--ckpt_path=best")
     text = (cli.run.folder / "predictions.csv").read_text(encoding="utf-8")
     assert "\\udcfc" in text and cli.model.class_names == ["blue", "gr\\udcfcn", "красный $^$"]
+
+
+def test_names_without_an_encoding_are_printed_where_output_is_strict(tmp_path, monkeypatch):
+    folder = Path((bytes(tmp_path) + b"/\xfcber").decode(errors="surrogateescape"))
+    folder.mkdir()
+    Image.new("RGB", (40, 32)).save(folder / "1.png")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    CIFAR10DataModule(test_npz=str(folder)).load("test")
+    sys.stdout.flush()
+    assert b"\\udcfcber are not 32" in sys.stdout.buffer.getvalue()
