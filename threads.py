@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LEAST = 0.5  # seconds that a reading covers
-OWN_CHOICE = ("OMP_", "GOMP_", "KMP_", "MKL_NUM_THREADS")
+OWN_CHOICE = ("OMP_", "GOMP_", "MKL_")  # not KMP_: scikit-learn sets two of those when it is imported
 
 
 class Reading(NamedTuple):
@@ -25,8 +25,8 @@ class Reading(NamedTuple):
 
 
 def read() -> Reading | None:
-    """Now; None where the system does not say (only Linux does), or the user has set the threads by the environment."""
-    if any(name.startswith(OWN_CHOICE) for name in os.environ) or not Path("/proc/stat").exists():
+    """Now; None where the system does not say (only Linux does)."""
+    if not Path("/proc/stat").exists():
         return None
     ours = {f"cpu{i}" for i in os.sched_getaffinity(0)}
     rows = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
@@ -44,7 +44,7 @@ def leave_room(default: int, cpus: int, others: float) -> int:
 def chosen(before: Reading | None) -> int | None:
     """The number of threads, with a line, where it is to be below PyTorch's own; None where that stays.
 
-    `before` is this process's first reading.
+    `before` is this process's first reading, or None where the user has decided.
     """
     import torch
 
@@ -65,5 +65,8 @@ def chosen(before: Reading | None) -> int | None:
 
 @cache
 def first_reading() -> Reading | None:
-    """This process's, taken when it is first asked for: before it has imported anything that takes long."""
-    return read()
+    """This process's, taken when it is first asked for: before it has imported anything that takes long.
+
+    None where the user has set the threads by the environment.
+    """
+    return None if any(name.startswith(OWN_CHOICE) for name in os.environ) else read()

@@ -1,6 +1,7 @@
 """A machine as people have it: its environment, its output's encoding, its paths, and several programs at once."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,9 +22,8 @@ STAGE, PLAIN = "softmax_regression", "--pictures=false"
 
 
 def command(tmp_path, *more, cwd=ROOT, **environment):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "main.py"), *more], cwd=cwd, capture_output=True, env={**os.environ, **environment}
-    )
+    environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    done = subprocess.run([sys.executable, str(ROOT / "main.py"), *more], cwd=cwd, capture_output=True, env=environment)
     return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
 
@@ -139,12 +139,22 @@ def test_a_busy_program_beside_ours_gets_its_core_and_a_line_reports_it(beside_a
     assert capsys.readouterr().out == "threads: 1 of 2, since other programs use 0.9 of 2 CPUs; --threads N decides\n"
 
 
-def test_the_users_own_threads_win(run, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads.read() is None
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    if Path("/proc/stat").exists() and not any(name.startswith(threads.OWN_CHOICE) for name in os.environ):
-        assert threads.read().everyone >= 0
+@pytest.mark.skipif(not Path("/proc/stat").exists() or os.cpu_count() == 1, reason="Linux alone says what others use")
+@pytest.mark.parametrize("environment, line", [({}, True), ({"OMP_PROC_BIND": "false"}, False)])
+def test_a_fit_beside_busy_programs_leaves_them_their_cores(tmp_path, tiny, environment, line):
+    chosen = {"OMP_NUM_THREADS": None, **environment}
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        code, out, error = command(tmp_path, "fit", *arguments(tmp_path, STAGE, "--trainer.fast_dev_run=1"), **chosen)
+    finally:
+        for program in busy:
+            program.kill()
+            program.wait()
+    assert code == 0, error
+    assert bool(re.search(r"^threads: \d+ of \d+, since other programs use [\d.]+ of \d+ CPUs", out, re.M)) == line
+
+
+def test_the_users_own_threads_win(run):
     before = torch.get_num_threads()
     cli = run("fit", STAGE, PLAIN, "--threads=3")
     assert torch.load(Run(cli.run.folder).last(), weights_only=True)["made_by"]["threads"] == 3
