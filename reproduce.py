@@ -120,7 +120,8 @@ class Ladder:
     def _main(self, command: str, step: Step, *more: str) -> dict[str, float]:
         logger = [f"--trainer.logger.save_dir={self.out}", f"--trainer.logger.name={step.run}"]
         config = ["--config", str(CONFIGS / f"{step.config}.yaml"), *self.data, *(step.digits if self.digits else ())]
-        cli = main([command, *config, f"--seed_everything={self.seed}", *logger, *more])
+        # One device: a second process of the program would fit every stage too.
+        cli = main([command, *config, f"--seed_everything={self.seed}", "--trainer.devices=1", *logger, *more])
         return {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
 
 

@@ -7,11 +7,9 @@ import time
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_warn
 
-from callbacks.figures import draw_curves, save
+from callbacks.figures import DRAW_EVERY, draw_curves, save
 from files import write
 from run_folder import folder_of
-
-DRAW_EVERY = 60.0  # seconds: drawing takes longer than an epoch of a small stage
 
 
 class Curves(Callback):

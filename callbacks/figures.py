@@ -22,6 +22,7 @@ COLOURS = matplotlib.color_sequences["petroff10"]
 # Up to so many classes: numbers in a confusion matrix, entries in a legend; names beside an axis; rows of their own in
 # a confusion matrix.
 NUMBERED, NAMED, DRAWN = 20, 50, 1000
+DRAW_EVERY = 60.0  # seconds between a fit's figures: drawing takes longer than an epoch of a small stage
 LONGEST = 20  # characters of a class's name that a figure shows
 
 

@@ -3,14 +3,13 @@
 import signal
 import sys
 import threading
-from typing import NoReturn
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from checkpoint_file import LAST, STEP0
-from errors import InputError, require
+from checkpoint_file import LAST
+from errors import require
 from run_folder import shared_folder
 
 
@@ -19,15 +18,11 @@ class LastCheckpoint(Checkpoint):
     validations.
 
     SIGTERM and SIGINT (Ctrl-C) end a fit with that checkpoint and exit code 143 or 130: at the end of the step or of
-    the validation it is in, on several processes within ten steps. A second signal ends it at once. A loss that is not
-    finite ends the fit with InputError. It is looked at in every step, on a GPU in every tenth, in each epoch's last,
-    and where a checkpoint is due.
+    the validation it is in, on several processes within `log_every_n_steps` steps. A second signal ends it at once.
 
     Args:
         every_n_steps: steps between two checkpoints within an epoch.
     """
-
-    ASK_EVERY = 10  # steps after which several processes ask each other for a signal, and a GPU is asked for the loss
 
     def __init__(self, every_n_steps: int = 200) -> None:
         require(every_n_steps >= 1, "LastCheckpoint every_n_steps", every_n_steps, "at least 1")
@@ -55,15 +50,12 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
-        due = trainer.is_last_batch or step % self.every_n_steps == 0 or step % self.ASK_EVERY == 0
-        loss = outputs["loss"]
-        if (due or self.signal or loss.device.type == "cpu") and not loss.isfinite():
-            self._not_finite(trainer, float(loss))
         accumulating, self._step = step == self._step, step
         validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
         if trainer.is_last_batch or accumulating or validates:
             return  # the epoch's end follows, or the step's, or a validation, which a checkpoint before it would skip
-        stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0
+        asked = trainer.world_size == 1 or step % (trainer.log_every_n_steps or 10) == 0
+        stop = self._stopped(trainer) if asked else 0
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
         self._end(trainer, stop)
@@ -81,18 +73,10 @@ class LastCheckpoint(Checkpoint):
         if self._folder is not None:
             trainer.save_checkpoint(self._folder / "checkpoints" / LAST)
 
-    def _not_finite(self, trainer: Trainer, loss: float) -> NoReturn:
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        kept = [self._folder / "checkpoints" / name for name in (LAST, STEP0)] if self._folder is not None else []
-        kept = [str(path) for path in kept if path.is_file()]
-        raise InputError(
-            f"the loss is {loss} at step {trainer.global_step} (learning rate {rate:.3g}): start anew with a lower"
-            " model.lr (a resumed fit keeps its rate), --trainer.precision 32-true or --trainer.gradient_clip_val;"
-            f" the last good checkpoint is {kept[0] if kept else 'not there yet'}"
-        )
-
     def _stopped(self, trainer: Trainer) -> int:
         """The signal that any of the processes has received, or 0."""
+        if trainer.world_size == 1:
+            return self.signal
         number = torch.tensor(self.signal, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(number, reduce_op="max"))
 

@@ -12,8 +12,9 @@ LARGEST = 8192  # of a larger batch, the first so many embeddings are measured
 
 
 class MiningMonitor(Callback):
-    """Measures the embeddings of a TripletEncoder's batch every so many steps, for TensorBoard and the progress bar.
+    """Measures the embeddings of a TripletEncoder's batch every so many steps, for the loggers.
 
+    - `mining/loss`: the loss of that batch.
     - `mining/active`: share of the batch's triplets that violate the loss's margin (0 where it has none).
     - `mining/misordered`: share of them whose negative is nearer than the positive, a half by chance; `mining/ignored`:
       the same share of the active ones, which semi-hard mining leaves out.
@@ -50,18 +51,15 @@ class MiningMonitor(Callback):
             return  # accumulated batches share a step
         self._measured_at = step
         z, labels = outputs["embeddings"][:LARGEST].float(), outputs["labels"][:LARGEST]
-        loss = outputs["contrastive_loss"]
-        if not (z.isfinite().all() and loss.isfinite()):
+        measured, histograms = measure(pl_module.loss_function, z, labels, outputs["contrastive_loss"])
+        if not measured:
             return  # LastCheckpoint ends such a fit
-        measured, histograms = measure(pl_module.loss_function, z, labels)
-        shown = {"active": measured["active"], "rank": measured["effective_rank"]}
-        pl_module.log_dict(shown, prog_bar=True, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics({f"mining/{name}": value for name, value in measured.items()}, step)
         for logger in tensorboards(trainer):
             for name, values in histograms.items():
                 logger.experiment.add_histogram(f"mining/{name}", values, step)
-        self._judge(trainer, diagnose(pl_module.loss_function, measured, float(loss)))
+        self._judge(trainer, diagnose(pl_module.loss_function, measured))
 
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
         # One measurement without it does not start its count anew: a batch is a small sample.

@@ -9,15 +9,17 @@ from tqdm import tqdm
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with stage and epoch, loss, validation accuracy, the time left of the whole fit, and images/s.
+    """Lightning's bar with stage and epoch, loss, validation accuracy, the time left of the whole fit, and images/s of
+    this epoch.
 
     Epochs count from 1. A narrower terminal cuts the line's end. The validations of a fit have no bar of their own,
-    which would take a second line.
+    which would take a second line. The loss is that of every `log_every_n_steps`-th step: a GPU's host waits for it.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._began, self._first = 0.0, None  # there may be validations before a fit's first step
+        self._loss: float | None = None
 
     def init_train_tqdm(self) -> tqdm:
         bar = super().init_train_tqdm()
@@ -37,16 +39,22 @@ class Progress(TQDMProgressBar):
         stage = type(trainer.lightning_module).__name__
         self.train_progress_bar.set_description_str(f"{stage} {trainer.current_epoch + 1}{last}")
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+            self._loss = float(outputs["loss"])
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         metrics, shown = super().get_metrics(trainer, pl_module), {}
-        if "loss" in metrics:
-            shown["loss"] = f"{metrics['loss']:.3g}"
+        if self._loss is not None:
+            shown["loss"] = f"{self._loss:.3g}"
         if "val/accuracy" in metrics:
             shown["val"] = f"{metrics['val/accuracy']:.3f}"
         steps = 0 if self._first is None else trainer.global_step - self._first
         if steps and math.isfinite(total := trainer.estimated_stepping_batches):
             left = (time.monotonic() - self._began) / steps * (total - trainer.global_step)
             shown["left"] = tqdm.format_interval(left)
-        if "images/s" in metrics:
-            shown["img/s"] = tqdm.format_sizeof(metrics["images/s"])
+        epoch = self.train_progress_bar.format_dict
+        if epoch["n"] and epoch["elapsed"]:
+            shown["img/s"] = tqdm.format_sizeof(epoch["n"] * trainer.datamodule.batch_size / epoch["elapsed"])
         return shown

@@ -1,10 +1,12 @@
 """Nearest neighbours during the fit of an encoder, from features that were computed anyway."""
 
+import time
+
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.figures import draw_pca, save
+from callbacks.figures import DRAW_EVERY, draw_pca, save
 from errors import require
 from lightning_modules import TripletEncoder
 from lightning_modules.distributed import gather_objects, world
@@ -18,8 +20,8 @@ class RetrievalMonitor(Callback):
     The queries are a sample of the validation images. The bank are the training images of the epoch's last steps,
     with the features they had then: augmented, under the weights and batch statistics of their step. That costs no
     pass through the network and is an estimate; `validate` and `test` compute the metrics in full. A figure of the
-    queries' two principal components goes into `pca.png` and to TensorBoard as `val_sample/pca`. Does nothing for
-    other stages than TripletEncoder.
+    queries' two principal components goes into `pca.png` and to TensorBoard as `val_sample/pca`, once a minute and at
+    the end of the fit. Does nothing for other stages than TripletEncoder.
 
     Args:
         queries: validation images, evenly spread over the split.
@@ -33,6 +35,8 @@ class RetrievalMonitor(Callback):
         self.queries, self.bank, self.pictures = queries, bank, pictures
         self._training: list[tuple[Tensor, Tensor]] = []
         self._validation: list[tuple[Tensor, Tensor]] = []
+        self._undrawn: tuple[Tensor, Tensor] | None = None  # the last queries and their labels
+        self._drawn_at = 0.0
 
     def state_dict(self) -> dict:
         return {"bank": gather_objects([(x.cpu(), labels.cpu()) for x, labels in self._training])}
@@ -75,6 +79,21 @@ class RetrievalMonitor(Callback):
         metrics = retrieval_metrics(mean.compute())
         pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
         pl_module.log_dict({f"val_sample/{name}": value for name, value in metrics.items()}, sync_dist=True)
-        if self.pictures and trainer.loggers and trainer.is_global_zero and queries.isfinite().all():
-            figure = draw_pca(queries.cpu().double(), labels.cpu(), pl_module.class_names)
+        if self.pictures and trainer.loggers and trainer.is_global_zero:
+            self._undrawn = queries, labels
+            if time.monotonic() - self._drawn_at > DRAW_EVERY:
+                self._draw(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drawn_at = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._undrawn is not None:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (queries, labels), self._undrawn = (x.cpu() for x in self._undrawn), None
+        if queries.isfinite().all():
+            figure = draw_pca(queries.double(), labels, pl_module.class_names)
             save(trainer, figure, "pca.png", "val_sample/pca")
+        self._drawn_at = time.monotonic()

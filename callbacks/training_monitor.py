@@ -41,7 +41,6 @@ class TrainingMonitor(Callback):
         measured = {"step/gradient_norm": float(self._norm), "step/lr": self._lr}
         if self._since is not None:
             measured["step/images_per_s"] = self._images / (now - self._since)
-            pl_module.log("images/s", measured["step/images_per_s"], prog_bar=True, logger=False)
         self._since, self._images = now, 0
         for logger in trainer.loggers:
             logger.log_metrics(measured, step)

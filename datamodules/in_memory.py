@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from datamodules.arrays import ImageSet, images_sha256, select_classes, stratified_split
-from datamodules.loader import BatchLoader
+from datamodules.loader import BatchLoader, bytes_needed
 from errors import InputError, require
 
 
@@ -168,19 +168,23 @@ class InMemoryDataModule(LightningDataModule):
         return self._loader("test", self.split("test").images, None)
 
     def _loader(self, name: str, inputs: Tensor, labels: Tensor | None, **options) -> BatchLoader:
-        """Batches of tensors on the training device, or where they are if it cannot hold them three times over."""
+        """Batches of tensors on the training device, or where the inputs are if they would fill half of what it has
+        free."""
         device = self.trainer.strategy.root_device
-        wanted, free = 3 * sum(x.nbytes for x in (inputs, labels) if x is not None), free_memory(device)
-        if wanted > free and name not in self._left:
+        wanted, free = bytes_needed(inputs, labels, self.batch_size, options.get("translate", 0)), free_memory(device)
+        if inputs.device != device and wanted > free / 2 and name not in self._left:
             self._left.add(name)
             sizes = f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} free"
             say(f"data: the {name} images stay in main memory, and each batch travels ({sizes})")
-        if name not in self._left:
-            inputs, labels = (None if x is None else x.to(device) for x in (inputs, labels))
+        place = inputs.device if name in self._left else device
+        inputs, labels = (None if x is None else x.to(place) for x in (inputs, labels))
         share = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         return BatchLoader(inputs, labels, self.batch_size, **share | options)
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes free on a GPU; elsewhere the images lie in main memory already."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+    """Bytes free on a GPU, those that PyTorch keeps for reuse among them; elsewhere the images lie in main memory."""
+    if device.type != "cuda":
+        return float("inf")
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

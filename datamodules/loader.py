@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 
 
@@ -56,7 +57,8 @@ class BatchLoader:
         # torchvision's arrays are views with another order of their dimensions
         self.inputs = _pad(inputs, translate) if self.translate else inputs.contiguous()
         if cutout:
-            self._fill = torch.stack([inputs[..., c].float().mean() for c in range(3)]).round().to(torch.uint8)
+            sums, count = inputs.sum((0, 1, 2), dtype=torch.int64), inputs[..., 0].numel()
+            self._fill = ((2 * sums + count) // (2 * count)).to(torch.uint8)
         if seed is not None:
             # Lightning tells `loader.sampler` of each new epoch. A reference to itself would keep the images in memory
             # until the cycle is collected.
@@ -105,7 +107,7 @@ class BatchLoader:
             if self.cutout:
                 centre = torch.randint(32, (2, self.batch_size), generator=generator)
             drawn = (index, mirrored, shift, centre)
-            yield self._cut(*(None if x is None else x[..., mine].to(device, non_blocking=True) for x in drawn))
+            yield self._cut(*(None if x is None else move_data_to_device(x[..., mine], device) for x in drawn))
 
     def _cut(
         self, index: Tensor, mirrored: Tensor | None = None, shift: Tensor | None = None, centre: Tensor | None = None
@@ -134,8 +136,19 @@ class BatchLoader:
         x = grid if mirrored is None else torch.where(mirrored[:, None], 31 - grid, grid)
         dx, dy = shift[..., None]
         rows = (index[:, None] * size + grid + dy) * size
-        pixels = self.inputs.take(rows[:, :, None] + (x + dx)[:, None, :])
+        places = rows[:, :, None] + (x + dx)[:, None, :]
+        # Not `take`, which Apple's GPUs have not.
+        pixels = self.inputs.flatten().index_select(0, places.flatten()).view(places.shape)
         return pixels.view(torch.uint8).unflatten(-1, (32, 4))[..., :3]
+
+
+def bytes_needed(inputs: Tensor, labels: Tensor | None, batch_size: int, translate: int) -> int:
+    """What a BatchLoader holds at most: the inputs and labels, what it makes of them, and a batch."""
+    held = sum(x.nbytes for x in (inputs, labels) if x is not None)
+    if inputs.ndim == 2:
+        return held + batch_size * inputs[:1].nbytes
+    padded = 4 * len(inputs) * (32 + 2 * translate) ** 2 if translate else 0
+    return held + padded + batch_size * 32 * 32 * (2 * 8 + 2 * 4 + 3 * 3 + 3 * 4)  # places, pixels, bytes, floats
 
 
 def _pad(images: Tensor, width: int) -> Tensor:

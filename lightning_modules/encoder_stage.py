@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from errors import require
+from errors import InputError, require
 from lightning_modules.encoders.contract import CompileMode, Encoder, Predictor
 from lightning_modules.stage import Stage
 
@@ -35,6 +35,15 @@ class EncoderStage(Stage):
         super().__init__(num_classes, **kwargs)
         require(0 <= (shift or 0) < 32, "model.shift", shift, "0..31 pixels")
         self.encoder, self.mirror, self.shift = encoder.run_as(channels_last, compile_mode), mirror, shift
+        self.compile_mode = compile_mode
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer.world_size > 1 and self.compile_mode in ("reduce-overhead", "max-autotune"):
+            raise InputError(
+                f"model.compile_mode {self.compile_mode}: its CUDA graphs would hold BatchNorm's messages between the"
+                " processes, which nobody has tried; give default, max-autotune-no-cudagraphs, or one device"
+            )
+        super().setup(stage)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -5,30 +5,41 @@ from torch import Tensor
 
 from lightning_modules.losses import BatchLoss
 from lightning_modules.losses.triplets import active_counts, pair_masks
+from lightning_modules.means import to_host
+
+PAIRS = 2**15  # distances that a histogram is made of: those of the batch's first anchors
 
 
 @torch.no_grad()
-def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
+def measure(loss: BatchLoss, z: Tensor, labels: Tensor, value: Tensor) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Numbers and histograms' values of embeddings `z` (B, D), `labels` (B,), under the loss's own distance.
 
-    A histogram without values, such as d_an in a batch of one class, is left out, since TensorBoard takes none.
+    `value` is the loss (no dimensions), among the numbers too. Both are empty where it or an embedding is not finite. A
+    histogram without values, such as d_an in a batch of one class, is left out, since TensorBoard takes none.
     """
     distances = loss.distance.matrix(z)
     positive, negative = pair_masks(labels)
     triplets = (positive.sum(1) * negative.sum(1)).sum()
     violating = active_counts(distances, labels, loss.margin or 0.0).clamp_min(0).sum()
     misordered = active_counts(distances, labels, 0.0).clamp_min(0).sum() if loss.margin else violating
+    means = [distances.where(mask, 0).sum() / mask.sum().clamp_min(1) for mask in (positive, negative)]
+    numbers = torch.stack([x.to(z.dtype) for x in (value, triplets, violating, misordered, *means)])
+    first = slice(max(1, PAIRS // len(z)))
+    numbers, z, distances, positive, negative = to_host(numbers, z, distances[first], positive[first], negative[first])
+    value, triplets, violating, misordered, *means = numbers
+    if not (value.isfinite() and z.isfinite().all()):
+        return {}, {}
     histograms = {
-        "d_ap": distances[positive],
-        "d_an": distances[negative],
+        "d_ap": distances[positive > 0],
+        "d_an": distances[negative > 0],
         "spread_by_dimension": z.std(0, correction=0),
     }
     measured = {
+        "loss": value,
         "triplets": triplets,
         "active": violating / triplets.clamp_min(1),
         "misordered": misordered / triplets.clamp_min(1),
-        "positive": distances[positive].sum() / positive.sum().clamp_min(1),
-        "negative": distances[negative].sum() / negative.sum().clamp_min(1),
+        **dict(zip(("positive", "negative"), means)),
         "norm": z.norm(dim=1).mean(),
         "spread": histograms["spread_by_dimension"].mean(),
         # Between 0 (all embeddings alike) and 1 (their mean is the origin).
@@ -43,18 +54,18 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor) -> tuple[dict[str, float
 def effective_rank(z: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred z (B, D): between 1 and min(B, D), and 0
     where all rows are alike (O. Roy & M. Vetterli, "The Effective Rank", 2007)."""
-    z = (z - z.mean(0)).cpu().double()  # some devices have no float64
+    z = (z - z.mean(0)).double()
     values = torch.linalg.eigvalsh(z.T @ z).clamp_min(0).sqrt()
     total = values.sum()
     shares = values / total.clamp_min(1e-300)
     return torch.special.entr(shares).sum().exp() * (total > 0)
 
 
-def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[str, str]:
-    """What is wrong with a batch: by kind, a sentence that says what to change. `value` is the loss."""
+def diagnose(loss: BatchLoss, measured: dict[str, float]) -> dict[str, str]:
+    """What is wrong with a batch: by kind, a sentence that says what to change."""
     if not measured["triplets"]:
         return {"triplets": "the batch has no triplets (one class, or no class twice): raise data.batch_size"}
-    found = collapse(loss, measured, value)
+    found = collapse(loss, measured)
     if measured.get("ignored", 0) > 0.4 and measured["active"] > 0.1:
         found["ignored"] = (
             f"semi-hard mining leaves out {measured['ignored']:.0%} of the triplets that violate the margin, whose"
@@ -70,10 +81,10 @@ def diagnose(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[
     return found | out_of_range(loss, measured)
 
 
-def collapse(loss: BatchLoss, measured: dict[str, float], value: float) -> dict[str, str]:
+def collapse(loss: BatchLoss, measured: dict[str, float]) -> dict[str, str]:
     """Embeddings that are all alike, lie on a line, or keep the loss at the value of such."""
     easier = "lower model.lr, or choose easier triplets (all or random instead of hard), or PrototypicalLoss"
-    positive, negative, pinned = measured["positive"], measured["negative"], loss.pinned_at
+    positive, negative, value, pinned = *(measured[k] for k in ("positive", "negative", "loss")), loss.pinned_at
     if measured["relative_spread"] < 0.02:
         spread = f"spread {measured['relative_spread']:.1e} of their norm, loss {value:.3g}"
         return {"collapsed": f"collapsed: all embeddings are nearly alike ({spread}): {easier}"}

@@ -63,13 +63,17 @@ class LinearProbeGrid(Probe):
     def forward(self, inputs: Tensor) -> Tensor:
         """Logits (B, settings, classes) in a fit, those of the chosen setting (B, classes) otherwise."""
         logits = super().forward(inputs)
-        return logits if self.searching else logits[:, self.chosen]
+        return logits if self.searching else self._of_chosen(logits)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return _losses(output, labels).mean() if output.ndim == 3 else F.cross_entropy(output, labels)
 
     def predicted_classes(self, output: Tensor) -> Tensor:
-        return (output[:, self.chosen] if output.ndim == 3 else output).argmax(1)
+        return (self._of_chosen(output) if output.ndim == 3 else output).argmax(1)
+
+    def _of_chosen(self, output: Tensor) -> Tensor:
+        # output[:, self.chosen] would ask a GPU for the number.
+        return output.index_select(1, self.chosen.view(1)).squeeze(1)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         # The sum over the settings: each gets the gradient that it would have alone.

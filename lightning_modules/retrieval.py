@@ -44,7 +44,7 @@ def retrieval_statistics(
         nearest, index = similarity.topk(places, dim=1)
         votes = _votes(nearest[:, :k], bank_labels[index[:, :k]], num_classes, temperature)
         of_class = bank_labels[index] == y[:, None]
-        hits = (of_class & (place <= size[:, None])).float()
+        hits = (of_class & (place <= size[:, None])).long()
         columns = (
             votes.argmax(1) == y,
             of_class[:, 0],
@@ -64,7 +64,8 @@ def knn_probabilities(
     """Each class's share (Q, num_classes) of the votes of the k nearest, as in `retrieval_statistics`' knn_accuracy."""
     bank, k, shares = F.normalize(bank, dim=1), min(k, len(bank)), []
     for x in F.normalize(queries, dim=1).split(max(1, CHUNK // len(bank))):
-        nearest, index = (x @ bank.T).topk(k, dim=1)
+        with torch.autocast(x.device.type, enabled=False):  # as `retrieval_statistics`, outside an evaluation's steps
+            nearest, index = (x @ bank.T).topk(k, dim=1)
         votes = _votes(nearest, bank_labels[index], num_classes, temperature)
         shares.append(votes / votes.sum(1, keepdim=True))
     return torch.cat(shares)

@@ -125,8 +125,6 @@ class Stage(Optimization):
             self._announced = True
             for name in names:
                 self.log(name, self.means[name], on_step=False, on_epoch=True, prog_bar=True, batch_size=images)
-        if split == "train" and batch_idx % max(1, self.trainer.log_every_n_steps) == 0:
-            self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
     def l2_penalty(self) -> Tensor | float:
         """½λ‖W‖² of `l2_lambda`."""

@@ -151,12 +151,14 @@ def nearest_labels(embeddings: Tensor, labels: Tensor, first: int, count: int) -
     """
     if len(labels) == 1:
         return torch.full_like(labels, -1)
-    bank, nearest = F.normalize(embeddings.float(), dim=1), []
-    for rows in bank[first : first + count].split(max(1, MATRIX // len(bank))):
-        similarity = rows @ bank.T
-        similarity.diagonal(first).fill_(-2)
-        first += len(rows)
-        nearest.append(similarity.argmax(1))
+    nearest = []
+    with torch.autocast(embeddings.device.type, enabled=False):  # bfloat16 would take others for the nearest
+        bank = F.normalize(embeddings.float(), dim=1)
+        for rows in bank[first : first + count].split(max(1, MATRIX // len(bank))):
+            similarity = rows @ bank.T
+            similarity.diagonal(first).fill_(-2)
+            first += len(rows)
+            nearest.append(similarity.argmax(1))
     return labels[torch.cat(nearest)]
 
 

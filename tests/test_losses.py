@@ -11,7 +11,8 @@ from errors import InputError
 from lightning_modules import FastEncoder, TripletEncoder, losses
 from lightning_modules.losses import functional
 from lightning_modules.losses.distances import CosineDistance, EuclideanDistance, MahalanobisDistance
-from lightning_modules.losses.triplets import active_counts, hardest_triplets, random_triplets
+from lightning_modules.losses.functional import numbered_by_place
+from lightning_modules.losses.triplets import Classes, active_counts, hardest_triplets, random_triplets
 from lightning_modules.triplet_encoder import nearest_labels
 
 DISTANCES = {
@@ -188,7 +189,9 @@ def test_batch_hard_equals_its_definition(name, loss):
 def test_random_triplets_losses_equal_their_definition(name, loss):
     z, labels = batch()
     loss.distance = DISTANCES[name]
-    triplets = list(zip(*random_triplets(labels, torch.Generator().manual_seed(1))))
+    drawn = zip(range(len(labels)), *(x.tolist() for x in random_triplets(labels, torch.Generator().manual_seed(1))))
+    triplets = [(a, p, n) for a, p, n, valid in drawn if valid]
+    assert 0 < len(triplets)
 
     def slow(z):
         terms = torch.stack([slow_distance(name, z[a], z[p]) - slow_distance(name, z[a], z[n]) for a, p, n in triplets])
@@ -389,16 +392,15 @@ def test_anchor_without_negatives_or_positives_is_left_out_not_nan():
     assert value.item() == pytest.approx(sum(expected) / 2)
 
 
-@pytest.mark.parametrize("matrix", [2**26, 12])
-def test_random_triplets_are_triplets_and_uniform(matrix, monkeypatch):
-    monkeypatch.setattr("lightning_modules.losses.triplets.MATRIX", matrix)  # 12: two anchors at a time
-    labels = torch.tensor([0, 0, 0, 1, 1, 2])  # the last one has no positive
-    seen = {}
+def test_random_triplets_are_triplets_and_uniform():
+    labels = torch.tensor([0, 1, 0, 2, 1, 0])[torch.tensor([0, 2, 5, 1, 4, 3])]  # the last one has no positive
+    order, seen = torch.tensor([0, 1, 2, 3, 4, 5]), {}
     for seed in range(600):
-        anchors, positives, negatives = random_triplets(labels, torch.Generator().manual_seed(seed))
-        assert anchors.tolist() == [0, 1, 2, 3, 4]
-        assert (labels[anchors] == labels[positives]).all() and (anchors != positives).all()
-        assert (labels[anchors] != labels[negatives]).all()
+        positives, negatives, valid = random_triplets(labels, torch.Generator().manual_seed(seed))
+        assert valid.tolist() == [True] * 5 + [False] and positives[5] == negatives[5] == 5
+        anchors, drawn, others = order[valid], positives[valid], negatives[valid]
+        assert (labels[anchors] == labels[drawn]).all() and (anchors != drawn).all()
+        assert (labels[anchors] != labels[others]).all()
         for key in ((0, "p", int(positives[0])), (3, "n", int(negatives[3]))):
             seen[key] = seen.get(key, 0) + 1
     positives = [n for (_, kind, _), n in seen.items() if kind == "p"]
@@ -442,11 +444,35 @@ def test_random_triplets_follow_the_generator():
     assert not torch.equal(draw[0][1], draw[2][1])
 
 
+def test_random_triplets_of_a_large_batch_are_few_numbers():
+    labels = torch.arange(2**20) % 1000  # a matrix of pairs would have 2⁴⁰ numbers
+    positives, negatives, valid = random_triplets(labels, torch.Generator().manual_seed(0))
+    assert valid.all() and (labels[positives] == labels).all() and (labels[negatives] != labels).all()
+    assert (positives != torch.arange(2**20)).all()
+
+
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=NAMES)
+def test_a_devices_bounds_give_the_same_value_and_gradient(loss, monkeypatch):
+    """A GPU's host does not know how many classes there are, or how large they are: places are left empty."""
+    z, labels = batch(23, 4, seed=7)
+    values = []
+    for of_a_gpu in (False, True):
+        if of_a_gpu:
+            monkeypatch.setattr(Classes, "largest", lambda self: len(self.size))
+            monkeypatch.setattr("lightning_modules.losses.functional.number_classes", numbered_by_place)
+        x = z.clone().requires_grad_()
+        value = loss(x, labels, torch.Generator().manual_seed(0))
+        value.backward()
+        values.append((value.detach(), x.grad))
+    assert values[0][1].any()
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-14)
+
+
 def test_hardest_triplets_leave_out_anchors_without_a_positive_or_a_negative():
     z, _ = batch(5)
-    anchors, positives, negatives = hardest_triplets(EuclideanDistance().matrix(z), torch.tensor([0, 0, 1, 1, 2]))
-    assert anchors.tolist() == [0, 1, 2, 3] and positives.tolist() == [1, 0, 3, 2]
-    assert not hardest_triplets(EuclideanDistance().matrix(z), torch.zeros(5))[0].numel()
+    positives, negatives, valid = hardest_triplets(EuclideanDistance().matrix(z), torch.tensor([0, 0, 1, 1, 2]))
+    assert valid.tolist() == [True] * 4 + [False] and positives[:4].tolist() == [1, 0, 3, 2]
+    assert not hardest_triplets(EuclideanDistance().matrix(z), torch.zeros(5))[2].any()
 
 
 @pytest.mark.parametrize(

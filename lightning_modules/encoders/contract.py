@@ -89,7 +89,8 @@ class Encoder(nn.Module):
         if not (self.training and self._compiled):
             return self._normalised_features(images)
         try:
-            return self._compiled(self, images)
+            # Copied, since a CUDA graph writes the next step's features where these are, and callbacks keep them.
+            return self._compiled(self, images).clone()
         except torch._dynamo.exc.TorchDynamoException as error:
             why = f"{type(error).__name__}: {first_line(error)}"
             raise InputError(

@@ -34,7 +34,7 @@ class FastEncoder(Encoder):
         nn.init.zeros_(self.whiten.bias)
         block = _residual_block if residual else _block
         self.blocks = nn.Sequential(*map(block, [24, *widths[:-1]], widths))
-        self.gelu, self.pool = GELU(), nn.AdaptiveMaxPool2d(1)
+        self.gelu = GELU()
 
     @torch.no_grad()
     def initialize(self, images: Tensor) -> None:
@@ -46,7 +46,8 @@ class FastEncoder(Encoder):
         self.whiten.weight.copy_(torch.cat([weight, -weight]))
 
     def features(self, images: Tensor) -> Tensor:
-        return self.pool(self.blocks(self.gelu(self.whiten(images)))).flatten(1)
+        # Not AdaptiveMaxPool2d, whose gradient no GPU computes deterministically.
+        return self.blocks(self.gelu(self.whiten(images))).flatten(2).max(2).values
 
 
 class GELU(nn.Module):

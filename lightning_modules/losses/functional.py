@@ -12,17 +12,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.losses.distances import unit
-from lightning_modules.losses.triplets import active_counts, anchor_blocks, pair_masks
+from lightning_modules.losses.triplets import MATRIX, Classes, active_counts, anchor_blocks, pair_masks
 
 
-def triplet_margin_loss(positive: Tensor, negative: Tensor, margin: float) -> Tensor:
-    """Mean of max(0, d(a, p) − d(a, n) + margin); distances (T,) each. Schroff et al., "FaceNet", 2015, equation 2."""
-    return F.relu(positive - negative + margin).sum() / max(len(positive), 1)
+def triplet_margin_loss(positive: Tensor, negative: Tensor, valid: Tensor, margin: float) -> Tensor:
+    """Mean of max(0, d(a, p) − d(a, n) + margin) over the `valid` triplets; distances and `valid`, (T,) each.
+
+    Schroff et al., "FaceNet", 2015, equation 2.
+    """
+    return F.relu(positive - negative + margin).where(valid, 0).sum() / valid.sum().clamp_min(1)
 
 
-def soft_margin_loss(positive: Tensor, negative: Tensor) -> Tensor:
-    """Mean of log(1 + exp(d(a, p) − d(a, n))); distances (T,) each. Hermans et al., 2017, section 2."""
-    return F.softplus(positive - negative, threshold=50).sum() / max(len(positive), 1)
+def soft_margin_loss(positive: Tensor, negative: Tensor, valid: Tensor) -> Tensor:
+    """Mean of log(1 + exp(d(a, p) − d(a, n))) over the `valid` triplets; distances and `valid`, (T,) each.
+
+    Hermans et al., 2017, section 2.
+    """
+    return F.softplus(positive - negative, threshold=50).where(valid, 0).sum() / valid.sum().clamp_min(1)
 
 
 def dense_triplet_margin_loss(
@@ -81,12 +87,13 @@ def multi_negative_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
         similarity = z[block] @ z.T / temperature
         positive, negative = pair_masks(labels, block)
-        # An anchor without negatives has an empty sum: logsumexp is −∞, softplus 0, and its gradient must not be NaN.
-        valid = (positive.any(1) & negative.any(1)).nonzero().flatten()
-        negatives = similarity[valid].masked_fill(~negative[valid], float("-inf")).logsumexp(1, keepdim=True)
+        # An anchor without negatives has an empty sum, whose gradient would be NaN: it gets all images for negatives,
+        # and its pairs are left out.
+        alone = ~negative.any(1, keepdim=True)
+        negatives = similarity.masked_fill(~(negative | alone), float("-inf")).logsumexp(1, keepdim=True)
         # The threshold behind which softplus(x) counts as x: far enough for float64, before exp overflows float32.
-        pairs = F.softplus(negatives - similarity[valid], threshold=50)
-        return pairs.where(positive[valid], 0).sum(), positive.sum()
+        pairs = F.softplus(negatives - similarity, threshold=50)
+        return pairs.where(positive & ~alone, 0).sum(), positive.sum()
 
     total, pairs = _summed(terms, unit(z))
     return total / pairs.clamp_min(1)
@@ -99,10 +106,10 @@ def supcon_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
     Contrastive Learning", 2020, equation 2). `z` (B, D), `labels` (B,); anchors without a positive are left out.
     """
     z = unit(z)
-    members, sums = _class_sums(z, labels)
-    positives = (members.bincount() - 1).to(z.dtype)[members]
+    members, one_hot, sizes = _classes(z, labels)
+    positives = (sizes - 1)[members]
     # The sum over positives of s_ap needs no matrix: it is zₐ · (sum of its class − zₐ).
-    attraction = (z * (rows(sums, members) - z)).sum(1) / (positives.clamp_min(1) * temperature)
+    attraction = (z * (one_hot.T @ (one_hot @ z) - z)).sum(1) / (positives.clamp_min(1) * temperature)
 
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
         logits = z[block] @ z.T / temperature
@@ -123,13 +130,17 @@ def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoot
     classes: a triplet's anchor, with one mean for all positives and one for each class of negatives.
     """
     z = unit(z)
-    members, sums = _class_sums(z, labels)
+    members, one_hot, sizes = _classes(z, labels)
+    sums = one_hot @ z
     # A class whose images point everywhere has a sum near 0: below this length its direction fades instead of turning
     # at once, so the gradient stays bounded. The bound multiplies with that of z, hence not as small a length.
-    means, others = (unit(x, shortest=0.1) for x in (sums, rows(sums, members) - z))
-    similarity = (z @ means.T).scatter(1, members[:, None], (z * others).sum(1, keepdim=True))
-    terms = F.cross_entropy(similarity / temperature, members, reduction="none", label_smoothing=label_smoothing)
-    anchors = members.bincount()[members] > 1
+    means, others = (unit(x, shortest=0.1) for x in (sums, one_hot.T @ sums - z))
+    similarity = (z @ means.T).scatter(1, members[:, None], (z * others).sum(1, keepdim=True)) / temperature
+    there = sizes > 0
+    log_p = similarity.masked_fill(~there, float("-inf")).log_softmax(1)
+    every = log_p.where(there, 0).sum(1) / there.sum()
+    terms = (label_smoothing - 1) * log_p.gather(1, members[:, None]).squeeze(1) - label_smoothing * every
+    anchors = sizes[members] > 1
     return terms.where(anchors, 0).sum() / anchors.sum().clamp_min(1)
 
 
@@ -155,25 +166,59 @@ def pairwise_contrastive_loss(z: Tensor, labels: Tensor, temperature: float) -> 
         attract, repel = log_p.masked_fill(~positive, 0).sum(), log_rest.masked_fill(~negative, 0).sum()
         return attract, repel, positive.sum(), negative.sum()
 
-    if len(members := labels.unique(return_counts=True)[1]) < 2 or members.max() < 2:  # no negatives, or no positives
+    if len(z) < 2:
         return z.sum() * 0
     attract, repel, positives, negatives = _summed(terms, unit(z))
-    return -attract / positives - repel / negatives
+    loss = -attract / positives.clamp_min(1) - repel / negatives.clamp_min(1)
+    return loss.where((positives > 0) & (negatives > 0), 0)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(context, z: Tensor, index: Tensor) -> Tensor:
+        context.save_for_backward(index)
+        context.size = len(z)
+        return z.index_select(0, index)
+
+    @staticmethod
+    def backward(context, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = context.saved_tensors
+        total, images = 0, torch.arange(context.size, device=index.device)[:, None]
+        for part, own in zip(*(x.split(max(1, MATRIX // context.size)) for x in (gradient, index))):
+            total = total + (own == images).to(part.dtype) @ part
+        return total, None
 
 
 def rows(z: Tensor, index: Tensor) -> Tensor:
     """z[index], (N, D) and (T,) → (T, D), with a gradient that has the same bits every time.
 
-    That of indexing is added up in the order in which a CPU's threads come, that of `index_select` in that of a GPU's.
+    PyTorch's own gradients of indexing and of embeddings are added up in the order in which a device's threads come.
+    Here it is a product with the matrix of which row was taken where.
     """
-    return F.embedding(index, z)
+    return _Rows.apply(z, index)
 
 
-def _class_sums(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The number (B,) of each image's class among the batch's C classes, and the sums (C, D) of their embeddings."""
+def _classes(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The number (B,) of each image's class among C, the matrix (C, B) of which image is in which, their sizes (C,).
+
+    C is the number of the batch's classes. On a GPU, where asking for it would mean waiting, it is B, and most classes
+    are empty; but for a batch whose matrix would be too large.
+    """
+    known = z.device.type == "cpu" or len(z) ** 2 > MATRIX
+    members, classes = number_classes(labels) if known else numbered_by_place(labels)
+    one_hot = (members == torch.arange(classes, device=z.device)[:, None]).to(z.dtype)
+    return members, one_hot, one_hot.sum(1)
+
+
+def number_classes(labels: Tensor) -> tuple[Tensor, int]:
+    """The number (B,) of each image's class, from 0 on, and how many classes there are."""
     classes, members = labels.unique(return_inverse=True)
-    # As a product, since a GPU's index_add sums in any order.
-    return members, (labels == classes[:, None]).to(z.dtype) @ z
+    return members, len(classes)
+
+
+def numbered_by_place(labels: Tensor) -> tuple[Tensor, int]:
+    """The same without asking a GPU: a class's number is its first place among the labels in order."""
+    return Classes.of(labels).start, len(labels)
 
 
 def _summed(terms: Callable[[Tensor, slice], tuple[Tensor, ...]], z: Tensor) -> list[Tensor]:

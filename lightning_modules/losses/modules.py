@@ -148,16 +148,20 @@ class PairwiseContrastiveLoss(_TemperatureLoss):
         return functional.pairwise_contrastive_loss(z, labels, self.temperature)
 
 
-def _sampled(loss: BatchLoss, z: Tensor, labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Distances (T,) to the positives and to the negatives of the loss's triplets. Only these get a gradient."""
+def _sampled(
+    loss: BatchLoss, z: Tensor, labels: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances to the positives and to the negatives of the loss's triplets, and which of these there are, (B,) each.
+
+    Only these distances get a gradient.
+    """
     if loss.triplets == "random":
-        anchors, positives, negatives = random_triplets(labels, generator)
+        positives, negatives, valid = random_triplets(labels, generator)
     else:
         with torch.no_grad():
             found = [hardest_triplets(distance_matrix(loss.distance, z, b), labels, b) for b in anchor_blocks(len(z))]
-        anchors, positives, negatives = (torch.cat(x) for x in zip(*found))
-    x = rows(z, anchors)
-    return loss.distance.pairs(x, rows(z, positives)), loss.distance.pairs(x, rows(z, negatives))
+        positives, negatives, valid = (torch.cat(x) for x in zip(*found))
+    return loss.distance.pairs(z, rows(z, positives)), loss.distance.pairs(z, rows(z, negatives)), valid
 
 
 def _check_margin(loss: BatchLoss, margin: float) -> None:
