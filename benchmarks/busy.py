@@ -1,6 +1,7 @@
 """Training beside other busy programs: as `main.py` chooses its threads, with one thread, and with all of them.
 
-    python -m benchmarks.busy
+    python -m benchmarks.busy                                # half an hour on two cores without bfloat16
+    python -m benchmarks.busy --beside "alone" --steps 60
 
 Images/s of `main.py fit` with configs/triplet_encoder.yaml, alone and beside one and three programs that never pause,
 of equal and of lower priority. Fresh processes, in turn: the threads are chosen at a program's start.
@@ -21,6 +22,7 @@ DRY_RUN = {"steps": 12}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=20, help="of every fit (default: %(default)s)")
+    parser.add_argument("--beside", nargs="+", choices=NEIGHBOURS, default=list(NEIGHBOURS), help="which neighbours")
 
 
 def fitted(options: argparse.Namespace, *threads: str) -> float:
@@ -45,7 +47,8 @@ def beside(programs: int, niceness: int, options: argparse.Namespace, *threads: 
 
 def rows(options: argparse.Namespace) -> Rows:
     sides, peers = {}, {}
-    for where, (programs, niceness) in NEIGHBOURS.items():
+    for where in options.beside:
+        programs, niceness = NEIGHBOURS[where]
         for name, threads in (("as chosen", None), ("one thread", 1), ("all threads", os.cpu_count())):
             given = [] if threads is None else [f"--threads={threads}"]
             sides[f"{name}, {where}"] = partial(beside, programs, niceness, options, *given)

@@ -7,7 +7,8 @@
 1. Recipes: training seconds of `main.py fit`, scaled to all steps from those after the first 20, in which kernels are
    chosen and compiled, and the test accuracy of the linear probe on the encoder; means over seeds. With --airbench:
    those of its train94, train95 and train96 after their warm-up, the accuracy with its test-time augmentation.
-2. Rates: images/s of the middle recipe as it is, with one thing changed, and of a bare loop of the same compiled
+2. Rates: images/s of the middle recipe as it is, with one thing changed (precision, TF32, cuDNN's timing of kernels,
+   memory format, compilation, where the images lie), and of a bare loop of the same compiled
    network, loss and optimiser on a batch in place.
 """
 
@@ -31,7 +32,7 @@ from datamodules.cifar10 import CIFAR10DataModule
 from errors import InputError, require
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = ["--data.batch_size=512", "--model.lr=0.49", "--model.compile_mode=reduce-overhead"]
+BATCH = ["--data.batch_size=512", "--model.lr=0.49", "--model.compile_mode=reduce-overhead", "--trainer.benchmark=true"]
 RECIPES = {  # config and what differs from it
     "94": ("triplet_encoder", [*BATCH, "--model.encoder.widths=[64,256,256]", "--trainer.max_epochs=24"]),
     "95": ("triplet_encoder", [*BATCH, "--model.encoder.widths=[128,384,384]", "--trainer.max_epochs=30"]),
@@ -39,7 +40,9 @@ RECIPES = {  # config and what differs from it
 }
 VARIANTS = {  # what differs from the recipe
     "as it is": [],
-    "float32": ["--trainer.precision=32-true"],
+    "float32, convolutions in TF32": ["--trainer.precision=32-true"],  # as PyTorch does
+    "float32 without TF32": ["--trainer.precision=32-true"],
+    "kernels not timed": ["--trainer.benchmark=false"],
     "channels first": ["--model.channels_last=false"],
     "not compiled": ["--model.compile_mode=null"],
     "compiled without CUDA graphs": ["--model.compile_mode=default"],
@@ -118,8 +121,12 @@ def rate(options: argparse.Namespace, variant: str) -> float:
     """Images/s."""
     short = [f"--trainer.max_steps={options.steps}", "--trainer.max_epochs=-1", *VARIANTS[variant]]
     free = (lambda device: 0.0) if variant == "images in main memory" else in_memory.free_memory
-    with tempfile.TemporaryDirectory() as runs, patch.object(in_memory, "free_memory", free):
-        return timed_fit(options, "95", runs, *short).rate
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, variant != "float32 without TF32"
+    try:
+        with tempfile.TemporaryDirectory() as runs, patch.object(in_memory, "free_memory", free):
+            return timed_fit(options, "95", runs, *short).rate
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def bare(options: argparse.Namespace) -> float:

@@ -1,6 +1,7 @@
 """What looking costs: the share of the default encoder's fit that its monitors and figures take, and their event file.
 
     python -m benchmarks.inspection
+    python -m benchmarks.inspection --short          # on digits: 40 epochs of about a second
 
 Lightning's SimpleProfiler times every call of every callback in a whole fit of configs/triplet_encoder.yaml. The shares
 are of the seconds of that one fit, not compared with another's.
@@ -17,9 +18,14 @@ from run_folder import Run
 LOOKING = ("Curves", "TrainingMonitor", "TSNE", "MiningMonitor", "RetrievalMonitor", "PredictionWriter", "Progress")
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--short", action="store_true", help="a fit of short epochs")
+
+
 def rows(options: argparse.Namespace) -> Rows:
+    short = ["--data=DigitsDataModule", "--data.batch_size=128", "--trainer.max_epochs=40"] if options.short else []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = fit(options, "triplet_encoder", folder, "--trainer.profiler=SimpleProfiler").trainer
+        trainer = fit(options, "triplet_encoder", folder, "--trainer.profiler=SimpleProfiler", *short).trainer
         run_folder = Path(trainer.log_dir)
         whole = Run(run_folder).finished["seconds"]
         events = sum(file.stat().st_size for file in run_folder.glob("events*")) / 2**20

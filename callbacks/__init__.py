@@ -2,7 +2,6 @@
 
 from callbacks.best_checkpoint import BestCheckpoint
 from callbacks.curves import Curves
-from callbacks.finite_loss import FiniteLoss
 from callbacks.frozen_encoder import FrozenEncoder
 from callbacks.inspection import Inspection
 from callbacks.last_checkpoint import LastCheckpoint
@@ -21,7 +20,6 @@ from callbacks.tsne import TSNE
 NAMED = (
     BestCheckpoint,
     LastCheckpoint,
-    FiniteLoss,
     FrozenEncoder,
     Curves,
     TrainingMonitor,

@@ -8,8 +8,9 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from checkpoint_file import LAST
+from checkpoint_file import LAST, STEP0
 from errors import require
+from lightning_modules.finite_loss import LossNotFinite
 from run_folder import shared_folder
 
 
@@ -18,11 +19,13 @@ class LastCheckpoint(Checkpoint):
     validations.
 
     SIGTERM and SIGINT (Ctrl-C) end a fit with that checkpoint and exit code 143 or 130: at the end of the step or of
-    the validation it is in, on several processes within `log_every_n_steps` steps. A second signal ends it at once.
+    the validation it is in, on several processes within ten steps. A second signal ends it at once.
 
     Args:
         every_n_steps: steps between two checkpoints within an epoch.
     """
+
+    ASK_EVERY = 10  # steps after which several processes ask each other for a signal
 
     def __init__(self, every_n_steps: int = 200) -> None:
         require(every_n_steps >= 1, "LastCheckpoint every_n_steps", every_n_steps, "at least 1")
@@ -43,6 +46,12 @@ class LastCheckpoint(Checkpoint):
             sys.exit(128 + number)
         self.signal = number
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, LossNotFinite):
+            kept = [self._folder / "checkpoints" / name for name in (LAST, STEP0)] if self._folder is not None else []
+            kept = [str(path) for path in kept if path.is_file()]
+            exception.args = (f"{exception}; the last good checkpoint is {kept[0] if kept else 'not there yet'}",)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -54,8 +63,7 @@ class LastCheckpoint(Checkpoint):
         validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
         if trainer.is_last_batch or accumulating or validates:
             return  # the epoch's end follows, or the step's, or a validation, which a checkpoint before it would skip
-        asked = trainer.world_size == 1 or step % (trainer.log_every_n_steps or 10) == 0
-        stop = self._stopped(trainer) if asked else 0
+        stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
         self._end(trainer, stop)

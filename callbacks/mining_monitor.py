@@ -51,15 +51,13 @@ class MiningMonitor(Callback):
             return  # accumulated batches share a step
         self._measured_at = step
         z, labels = outputs["embeddings"][:LARGEST].float(), outputs["labels"][:LARGEST]
-        measured, histograms = measure(pl_module.loss_function, z, labels, outputs["contrastive_loss"])
-        if not measured:
-            return  # LastCheckpoint ends such a fit
-        for logger in trainer.loggers:
+        measured, histograms = measure(pl_module.loss_function, z, labels, outputs["logged_loss"])
+        for logger in trainer.loggers if measured else ():  # FiniteLoss ends the fit otherwise
             logger.log_metrics({f"mining/{name}": value for name, value in measured.items()}, step)
         for logger in tensorboards(trainer):
             for name, values in histograms.items():
                 logger.experiment.add_histogram(f"mining/{name}", values, step)
-        self._judge(trainer, diagnose(pl_module.loss_function, measured))
+        self._judge(trainer, diagnose(pl_module.loss_function, measured) if measured else {})
 
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
         # One measurement without it does not start its count anew: a batch is a small sample.

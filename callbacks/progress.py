@@ -9,17 +9,19 @@ from tqdm import tqdm
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with stage and epoch, loss, validation accuracy, the time left of the whole fit, and images/s of
-    this epoch.
+    """Lightning's bar with stage and epoch, loss, validation accuracy, the time left of the whole fit, and images/s.
 
     Epochs count from 1. A narrower terminal cuts the line's end. The validations of a fit have no bar of their own,
-    which would take a second line. The loss is that of every `log_every_n_steps`-th step: a GPU's host waits for it.
+    which would take a second line. Loss and images/s are those of every `log_every_n_steps`-th step, since a GPU's host
+    waits for such a number.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._began, self._first = 0.0, None  # there may be validations before a fit's first step
         self._loss: float | None = None
+        self._rate: float | None = None
+        self._since, self._images, self._looked_at = None, 0, 0
 
     def init_train_tqdm(self) -> tqdm:
         bar = super().init_train_tqdm()
@@ -35,14 +37,24 @@ class Progress(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: Trainer, *args) -> None:
         super().on_train_epoch_start(trainer, *args)
+        self._since = None  # a rate across a validation would be none
         last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         stage = type(trainer.lightning_module).__name__
         self.train_progress_bar.set_description_str(f"{stage} {trainer.current_epoch + 1}{last}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
-        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
-            self._loss = float(outputs["loss"])
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        self._images += len(batch[1]) * trainer.world_size
+        if every and step % every == 0 and step != self._looked_at:  # accumulated batches share a step
+            self._loss, self._looked_at, now = float(outputs["logged_loss"]), step, time.monotonic()
+            if self._since is not None:
+                self._rate = self._images / (now - self._since)
+            self._since, self._images = now, 0
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = None
+        super().on_validation_end(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         metrics, shown = super().get_metrics(trainer, pl_module), {}
@@ -54,7 +66,6 @@ class Progress(TQDMProgressBar):
         if steps and math.isfinite(total := trainer.estimated_stepping_batches):
             left = (time.monotonic() - self._began) / steps * (total - trainer.global_step)
             shown["left"] = tqdm.format_interval(left)
-        epoch = self.train_progress_bar.format_dict
-        if epoch["n"] and epoch["elapsed"]:
-            shown["img/s"] = tqdm.format_sizeof(epoch["n"] * trainer.datamodule.batch_size / epoch["elapsed"])
+        if self._rate is not None:
+            shown["img/s"] = tqdm.format_sizeof(self._rate)
         return shown

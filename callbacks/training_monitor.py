@@ -28,14 +28,15 @@ class TrainingMonitor(Callback):
         self._since, self._images = None, 0  # a rate across a validation would be none
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
-        if (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0:
+        every = trainer.log_every_n_steps
+        if every and (trainer.global_step + 1) % every == 0:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._norm, self._lr = get_total_norm(gradients), optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         self._images += len(batch[1]) * trainer.world_size
-        step = trainer.global_step
-        if step == self._measured_at or step % max(1, trainer.log_every_n_steps):  # accumulated batches share a step
+        step, every = trainer.global_step, trainer.log_every_n_steps
+        if not every or step % every or step == self._measured_at:  # accumulated batches share a step
             return
         now, self._measured_at = time.perf_counter(), step
         measured = {"step/gradient_norm": float(self._norm), "step/lr": self._lr}

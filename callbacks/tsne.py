@@ -1,6 +1,7 @@
 """Training images' features in two dimensions, before and after the fit: `tsne.png`, and TensorBoard's projector."""
 
 import copy
+import time
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -24,15 +25,19 @@ class TSNE(Callback):
     nearest neighbour. Does nothing for a stage that trains no encoder.
 
     Args:
-        samples: training images to draw, equally many of each class where there are enough.
+        samples: training images to draw, equally many of each class where there are enough; null: 1000, or fewer
+            after a fit of less than seven minutes, so that drawing takes about a hundredth of its time.
         perplexity: scikit-learn's; reduced to what the sample allows.
         pictures: false: nothing is drawn.
     """
 
-    def __init__(self, samples: int = 1000, perplexity: float = 30.0, pictures: bool = True) -> None:
-        require(samples >= 10, "tsne.samples", samples, "at least 10")
+    def __init__(self, samples: int | None = None, perplexity: float = 30.0, pictures: bool = True) -> None:
+        require(samples is None or samples >= 10, "tsne.samples", samples, "at least 10")
         require(perplexity > 0, "tsne.perplexity", perplexity, "above 0")
         self.samples, self.perplexity, self.pictures = samples, perplexity, pictures
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = folder_of(trainer)
@@ -40,8 +45,10 @@ class TSNE(Callback):
             return
         images, labels = trainer.datamodule.split("train")
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        share = -(-self.samples // pl_module.num_classes)
-        index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[: self.samples]
+        # An image takes about four milliseconds: two layouts, and two passes through the network.
+        samples = self.samples or max(100, min(1000, int(2.5 * (time.monotonic() - self._began))))
+        share = -(-samples // pl_module.num_classes)
+        index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[:samples]
         images, labels = images[index].cpu(), labels[index].cpu()
         loader, encoder = trainer.datamodule.evaluation_loader("train", index), copy.deepcopy(pl_module.encoder).eval()
         with trainer.precision_plugin.forward_context():

@@ -172,7 +172,8 @@ class InMemoryDataModule(LightningDataModule):
         free."""
         device = self.trainer.strategy.root_device
         wanted, free = bytes_needed(inputs, labels, self.batch_size, options.get("translate", 0)), free_memory(device)
-        if inputs.device != device and wanted > free / 2 and name not in self._left:
+        there = inputs.ndim == 2 and inputs.device == device  # features, computed on it
+        if wanted > free / 2 and name not in self._left and not there:
             self._left.add(name)
             sizes = f"with their augmentation {wanted / 2**20:,.0f} MiB, of which {device} has {free / 2**20:,.0f} free"
             say(f"data: the {name} images stay in main memory, and each batch travels ({sizes})")

@@ -57,7 +57,9 @@ class BatchLoader:
         # torchvision's arrays are views with another order of their dimensions
         self.inputs = _pad(inputs, translate) if self.translate else inputs.contiguous()
         if cutout:
-            sums, count = inputs.sum((0, 1, 2), dtype=torch.int64), inputs[..., 0].numel()
+            # Block by block: the sum makes eight bytes of each.
+            sums = sum(block.sum((0, 1, 2), dtype=torch.int64) for block in inputs.split(4096))
+            count = inputs[..., 0].numel()
             self._fill = ((2 * sums + count) // (2 * count)).to(torch.uint8)
         if seed is not None:
             # Lightning tells `loader.sampler` of each new epoch. A reference to itself would keep the images in memory

@@ -7,16 +7,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-def to_host(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as float32 (float64 where one of them is) in main memory, by a single copy.
-
-    A host waits for each copy from a GPU until that has done all its work.
-    """
-    kind = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-    parts = torch.cat([x.detach().flatten().to(kind) for x in tensors]).cpu().split([x.numel() for x in tensors])
-    return [part.view(x.shape) for part, x in zip(parts, tensors)]
-
-
 class Mean(Metric):
     """Σ sums / Σ counts over all batches and processes: one quantity (no dimensions), or `quantities` of them, (Q,).
 

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from lightning_modules.losses import BatchLoss
 from lightning_modules.losses.triplets import active_counts, pair_masks
-from lightning_modules.means import to_host
 
 PAIRS = 2**15  # distances that a histogram is made of: those of the batch's first anchors
 
@@ -49,6 +48,16 @@ def measure(loss: BatchLoss, z: Tensor, labels: Tensor, value: Tensor) -> tuple[
     if getattr(loss, "triplets", None) == "semihard":
         measured["ignored"] = misordered / violating.clamp_min(1)
     return {name: float(value) for name, value in measured.items()}, {k: v for k, v in histograms.items() if len(v)}
+
+
+def to_host(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as float32 (float64 where one of them is) in main memory, by a single copy.
+
+    A host waits for each copy from a GPU until that has done all its work.
+    """
+    kind = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    parts = torch.cat([x.detach().flatten().to(kind) for x in tensors]).cpu().split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors)]
 
 
 def effective_rank(z: Tensor) -> Tensor:

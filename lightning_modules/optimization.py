@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from pytorch_lightning import LightningModule
 from torch import nn
 
 from errors import InputError, require
+from lightning_modules.finite_loss import FiniteLoss
 
 
-class Optimization(LightningModule):
+class Optimization(FiniteLoss):
     """Optimiser, weight decay and schedule.
 
     A resumed fit has its own options: the schedule is that of its own length, and its learning rates, momentum and
@@ -96,6 +96,7 @@ class Optimization(LightningModule):
         return steps if epochs == -1 or -1 < steps < by_epochs else by_epochs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["schedule"] = {"steps_per_epoch": self.steps_per_epoch, "offset": self._offset}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -115,6 +116,7 @@ class Optimization(LightningModule):
             self._offset = step - epochs * self.steps_per_epoch
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         trainer = self.trainer
         if not trainer.ckpt_path or not trainer.global_step:
             return

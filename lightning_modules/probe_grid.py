@@ -77,7 +77,8 @@ class LinearProbeGrid(Probe):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         # The sum over the settings: each gets the gradient that it would have alone.
-        return {"loss": super().training_step(batch, batch_idx)["loss"] * len(self.settings)}
+        found = super().training_step(batch, batch_idx)
+        return {**found, "loss": found["loss"] * len(self.settings)}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         if not self.searching:
@@ -129,4 +130,6 @@ class _Heads(nn.Module):
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (B, settings) of logits (B, settings, classes)."""
-    return F.cross_entropy(logits.transpose(1, 2), labels[:, None].expand(logits.shape[:2]), reduction="none")
+    # As (B · settings, classes): of the other order, a GPU has no deterministic kernel.
+    labels = labels[:, None].expand(logits.shape[:2])
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)

@@ -95,7 +95,7 @@ class Stage(Optimization):
         output = self(images)
         loss = self.loss(output, labels)
         self.record("train", batch_idx, loss, self.predicted_classes(output.detach()) == labels)
-        return {"loss": loss + self.l2_penalty()}
+        return {"loss": loss + self.l2_penalty(), "logged_loss": loss.detach()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return self.evaluation_step("val", batch, batch_idx)
@@ -115,6 +115,8 @@ class Stage(Optimization):
 
     def record(self, split: str, batch_idx: int, loss: Tensor, correct: Tensor) -> None:
         """Adds a batch to the split's means: its mean loss, and which of its images are classified right, (B,)."""
+        if split == "train":
+            self.note_loss(loss)
         images, names = len(correct), (f"{split}/loss", f"{split}/accuracy")
         if images:  # a process may have no images of its own in an evaluation
             for name, total in zip(names, (loss.detach().to(self.means[names[0]].sums.dtype) * images, correct.sum())):

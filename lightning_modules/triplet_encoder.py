@@ -77,7 +77,7 @@ class TripletEncoder(EncoderStage):
         nearest = nearest_labels(embeddings.detach(), everyones, first, len(labels))
         self.record("train", batch_idx, loss, nearest == labels)
         seen = {"features": features.detach(), "embeddings": embeddings.detach(), "labels": everyones}
-        return {"loss": loss + self.l2_penalty(), "contrastive_loss": loss.detach(), **seen}
+        return {"loss": loss + self.l2_penalty(), "logged_loss": loss.detach(), **seen}
 
     def gather(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, int]:
         """The embeddings and labels of the global batch, with gradient, and the place of this process's first image."""

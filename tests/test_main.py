@@ -67,7 +67,7 @@ def test_larger_encoders_differ_from_the_default_where_they_say(tmp_path, config
 
     default, larger = options("triplet_encoder"), options(config)
     differing = {key.split(".")[-1] for key in default.keys() | larger.keys() if default.get(key) != larger.get(key)}
-    more = {"residual", "lr", "compile_mode", "batch_size", "cutout"} if config.endswith("_gpu") else set()
+    more = {"residual", "lr", "compile_mode", "batch_size", "cutout", "benchmark"} if config.endswith("_gpu") else set()
     assert differing == {"widths", "max_epochs", "translate"} | more
 
 

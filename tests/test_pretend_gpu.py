@@ -21,7 +21,8 @@ from main import main
 
 ROOT, HERE = Path(__file__).parent.parent, Path(__file__).parent
 # Of torch.use_deterministic_algorithms' documentation: what throws on CUDA, and what sums in any order without it.
-NO_DETERMINISTIC_KERNEL = {"adaptive_max_pool2d_backward", "reflection_pad2d_backward", "histc", "put_", "kthvalue"}
+NO_DETERMINISTIC_KERNEL = {"adaptive_max_pool2d_backward", "_adaptive_avg_pool2d_backward", "nll_loss2d_forward"}
+NO_DETERMINISTIC_KERNEL |= {"reflection_pad2d_backward", "upsample_bilinear2d_backward", "histc", "put_", "median"}
 ANY_ORDER = {"embedding_dense_backward", "index_add_", "index_add", "index_put_", "_index_put_impl_"}
 
 
@@ -63,7 +64,7 @@ def commands(found):
 
 @pytest.mark.parametrize("device", ["pretend", "travelling"])
 def test_every_stage_has_a_cpus_metrics_in_float64(commands, device):
-    assert len(commands["cpu"]) == 24 and len(commands[device]) == (24 if device == "pretend" else 9)
+    assert len(commands["cpu"]) == 24 and len(commands[device]) == (24 if device == "pretend" else 6)
     for name, found in commands[device].items():
         expected = commands["cpu"][name]
         assert found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, dict) else expected) and found, name
@@ -85,7 +86,7 @@ def test_a_host_waits_for_no_loss_and_once_for_its_measurements(found):
 
 def test_a_host_waits_at_one_point_between_two_measurements(found):
     waits = found("waiting")["found"]
-    assert len(waits) == 2 * 6
+    assert len(waits) == 6 + 2
     for name, seen in waits.items():
         early = [wait for wait in seen if wait[0] % 5 or not wait[3]]
         assert not early, (name, early[:5])
@@ -95,10 +96,12 @@ def test_a_host_waits_at_one_point_between_two_measurements(found):
 def test_weights_after_a_loss_that_is_not_finite_are_in_no_checkpoint(found):
     ends = found("not_finite")["found"]
     first = {"at max_steps": 12, "before a validation": 2, "in the last step": 16}
-    first |= {"every step's checkpoint": 3, "at an exception": 5}
+    first |= {"every step's checkpoint": 3, "every step's weights": 4, "at an exception": 5}
     assert ends.keys() == first.keys()
     for name, end in ends.items():
-        assert re.match(rf"the loss is not finite at step {first[name]} .*ckpt$", end), (name, end)
+        # OnExceptionCheckpoint gets the error again, before it is told which checkpoint is good.
+        last = "clip_val$" if name == "at an exception" else "step0.ckpt$"
+        assert re.match(rf"the loss is not finite at step {first[name]} .*{last}", end), (name, end)
 
 
 def kernels():

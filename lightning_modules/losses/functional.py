@@ -127,7 +127,8 @@ def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoot
     "Generalized End-to-End Loss for Speaker Verification", 2018, equations 6 and 8, with a fixed temperature, after J.
     Snell et al., "Prototypical Networks", 2017. `label_smoothing` is the share of each label that is spread over the
     batch's classes. `z` (B, D), `labels` (B,); anchors without another image of their class are left out. O(B C) for C
-    classes: a triplet's anchor, with one mean for all positives and one for each class of negatives.
+    classes (on a GPU O(B²), see `_classes`): a triplet's anchor, with one mean for all positives and one for each class
+    of negatives.
     """
     z = unit(z)
     members, one_hot, sizes = _classes(z, labels)
@@ -192,10 +193,10 @@ class _Rows(torch.autograd.Function):
 def rows(z: Tensor, index: Tensor) -> Tensor:
     """z[index], (N, D) and (T,) → (T, D), with a gradient that has the same bits every time.
 
-    PyTorch's own gradients of indexing and of embeddings are added up in the order in which a device's threads come.
-    Here it is a product with the matrix of which row was taken where.
+    That of indexing is added up in the order in which a CPU's threads come, and those of indexing and of embeddings in
+    that of a GPU's. There it is a product with the matrix of which row was taken where.
     """
-    return _Rows.apply(z, index)
+    return F.embedding(index, z) if z.device.type == "cpu" else _Rows.apply(z, index)
 
 
 def _classes(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

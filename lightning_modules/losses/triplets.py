@@ -7,7 +7,6 @@ No function here asks a GPU for a number, so the host never waits: shapes depend
 from typing import NamedTuple
 
 import torch
-from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 
 MATRIX = 2**26  # elements of the largest matrix of pairs; larger batches are worked on in blocks of anchors
@@ -61,7 +60,9 @@ def random_triplets(labels: Tensor, generator: torch.Generator | None = None) ->
     both are the anchor itself. `generator` is a CPU generator, so that the draw does not depend on the device. O(B).
     """
     classes, batch = Classes.of(labels), len(labels)
-    share = move_data_to_device(torch.rand(2, batch, generator=generator), labels.device)
+    # Apple's GPUs read the memory of a copy that does not block after it was freed.
+    at_once = labels.device.type not in ("cpu", "mps")
+    share = torch.rand(2, batch, generator=generator).to(labels.device, non_blocking=at_once)
     positives, negatives = classes.size - 1, batch - classes.size
     # The ⌊share · n⌋-th of the n candidates in the order of classes; rounding may give n.
     nth = [torch.minimum((u * n).long(), n - 1).clamp_min(0) for u, n in zip(share, (positives, negatives))]
