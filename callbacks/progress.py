@@ -21,6 +21,7 @@ class Progress(TQDMProgressBar):
         self._began, self._first = 0.0, None  # there may be validations before a fit's first step
         self._loss: float | None = None
         self._rate: float | None = None
+        self._shown_at = 0.0
         self._since, self._images, self._looked_at = None, 0, 0
 
     def init_train_tqdm(self) -> tqdm:
@@ -50,7 +51,9 @@ class Progress(TQDMProgressBar):
             if self._since is not None:
                 self._rate = self._images / (now - self._since)
             self._since, self._images = now, 0
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.is_last_batch or time.monotonic() - self._shown_at > 0.1:  # drawing may take longer than a step
+            self._shown_at = time.monotonic()
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = None

@@ -26,7 +26,7 @@ class TSNE(Callback):
 
     Args:
         samples: training images to draw, equally many of each class where there are enough; null: 1000, or fewer
-            after a fit of less than seven minutes, so that drawing takes about a hundredth of its time.
+            after a fit of less than eleven minutes, so that drawing takes about a hundredth of its time.
         perplexity: scikit-learn's; reduced to what the sample allows.
         pictures: false: nothing is drawn.
     """
@@ -45,8 +45,8 @@ class TSNE(Callback):
             return
         images, labels = trainer.datamodule.split("train")
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        # An image takes about four milliseconds: two layouts, and two passes through the network.
-        samples = self.samples or max(100, min(1000, int(2.5 * (time.monotonic() - self._began))))
+        # An image takes up to six milliseconds: two layouts, and four passes through the network.
+        samples = self.samples or max(100, min(1000, int(1.5 * (time.monotonic() - self._began))))
         share = -(-samples // pl_module.num_classes)
         index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[:samples]
         images, labels = images[index].cpu(), labels[index].cpu()
