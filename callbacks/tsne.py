@@ -45,18 +45,18 @@ class TSNE(Callback):
             return
         images, labels = trainer.datamodule.split("train")
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        # An image takes up to six milliseconds: two layouts, and four passes through the network.
+        # An image takes up to six milliseconds: two layouts, and two passes through the network.
         samples = self.samples or max(100, min(1000, int(1.5 * (time.monotonic() - self._began))))
         share = -(-samples // pl_module.num_classes)
         index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[:samples]
         images, labels = images[index].cpu(), labels[index].cpu()
         loader, encoder = trainer.datamodule.evaluation_loader("train", index), copy.deepcopy(pl_module.encoder).eval()
         with trainer.precision_plugin.forward_context():
-            found = {"after training": encoder.embed_all(loader, shifted=False).cpu()}
+            found = {"after training": encoder.embed_all(loader, single_view=True).cpu()}
             if (step0 := Run(folder).step0).is_file():
                 weights = load_checkpoint(step0)["state_dict"].items()
                 encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights if k.startswith("encoder.")})
-                found = {"before training": encoder.embed_all(loader, shifted=False).cpu(), **found}
+                found = {"before training": encoder.embed_all(loader, single_view=True).cpu(), **found}
         if not all(x.std(0, correction=0).max() > 0 for x in found.values()):  # NaN too; scikit-learn survives neither
             rank_zero_warn("no tsne.png: the encoder gives every image the same features, or none that are finite")
             return
