@@ -11,6 +11,7 @@ from pytorch_lightning import Trainer
 from callbacks.best_checkpoint import best_checkpoint
 from callbacks.run_files import peak_memory
 from datamodules.in_memory import InMemoryDataModule
+from errors import local_path
 from lightning_modules import TripletEncoder
 
 PROJECT = Path(__file__).parent
@@ -44,11 +45,14 @@ def after_evaluation(command: str, run: Path | None) -> str:
 
 
 def following(trainer: Trainer, run: Path, config: Namespace) -> str:
-    """The command after a fit, ready to paste: a probe's, or the test."""
+    """The command after a fit, ready to paste: a probe's, or the test (a validation, where there is no test file)."""
     data = trainer.datamodule
     if not isinstance(trainer.lightning_module, TripletEncoder):
         more = data_options(data, config.data) if Path.cwd() != PROJECT else []
-        return command("test", "--config", shown(run / "config.yaml"), "--ckpt_path", shown(run), *more)
+        # A fit on an own training file needs no test file, and a test refuses to do without.
+        own = [config.data.init_args.get(name) for name in ("train_npz", "test_npz")]
+        verb = "validate" if own[0] is not None and own[1] is None else "test"
+        return command(verb, "--config", shown(run / "config.yaml"), "--ckpt_path", shown(run), *more)
     images = len(data.split("train").labels)
     size = [f"--data.batch_size={images}"] if images < PROBE_BATCH else []
     more = [*data_options(data, config.data), *size, "--frozen_encoder.run", shown(run)]
@@ -66,7 +70,7 @@ def data_options(data: InMemoryDataModule, config: Namespace) -> list[str]:
     for kind in reversed(type(data).__mro__):
         known |= {name: p.default for name, p in inspect.signature(kind.__init__).parameters.items()}
     given = {k: v for k, v in config.init_args.items() if k not in AUGMENTATION and v != known.get(k)}
-    files = {k: shown(Path(v)) for k, v in given.items() if k in ("root", "train_npz", "test_npz")}
+    files = {k: shown(local_path(v)) for k, v in given.items() if k in ("root", "train_npz", "test_npz")}
     texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in (given | files).items()}
     return ["--data", type(data).__name__, *(f"--data.{k}={v}" for k, v in texts.items())]
 

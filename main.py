@@ -96,6 +96,8 @@ def quiet_lightning() -> None:
         r".*args parameter is intended to run from within Python",  # reproduce.py does
         r".*is not supported by the model summary",  # bf16: the size of the weights in MB is that of float32, as it is
         r".*isinstance\(treespec, LeafSpec\)",  # inside Lightning
+        r".*torch.distributed.nn.functional.all_gather is deprecated",  # Lightning calls it
+        r".*Detected call of `lr_scheduler.step\(\)` before",  # 16-mixed skips steps while it seeks its scale
     ):
         warnings.filterwarnings("ignore", message)
 

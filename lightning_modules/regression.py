@@ -56,7 +56,8 @@ class SoftmaxRegression(Stage):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes)."""
-        return self.linear(images)
+        with self.in_float32():
+            return self.linear(images)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output, labels)
@@ -83,7 +84,8 @@ class LogisticRegression(Stage):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B,)."""
-        return self.linear(images).squeeze(1)
+        with self.in_float32():
+            return self.linear(images).squeeze(1)
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(output, labels.to(output.dtype))

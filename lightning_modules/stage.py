@@ -1,5 +1,6 @@
 """What every stage shares: its steps, its means, and what its checkpoint says of itself."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,10 @@ class Stage(Optimization):
         )
         self._kept_means: dict[str, list[Tensor]] = {}  # those of an epoch that a checkpoint was saved in
         self._announced = True  # whether Lightning knows of this epoch's training means
+
+    def in_float32(self) -> AbstractContextManager:
+        """What classifiers compute logits in: no autocast in evaluation, whose figures are published."""
+        return nullcontext() if self.training else torch.autocast(self.device.type, enabled=False)
 
     def initialize(self, images: Tensor) -> None:
         """Fills the buffers computed from the training split before the first step of a fit."""

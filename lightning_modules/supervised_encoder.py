@@ -31,7 +31,8 @@ class SupervisedEncoder(EncoderStage):
     def forward(self, images: Tensor, shifted: bool = True) -> Tensor:
         """Logits (B, num_classes): of the images alone while training, of the mean over their views otherwise."""
         features = self.encoder(images) if self.training else self.encoder.embed(images, shifted)
-        return self.classifier(features.to(self.classifier.weight.dtype))
+        with self.in_float32():
+            return self.classifier(features.to(self.classifier.weight.dtype))
 
     def loss(self, output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output, labels, label_smoothing=self.label_smoothing if self.training else 0.0)

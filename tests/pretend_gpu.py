@@ -107,6 +107,8 @@ class Rules(TorchDispatchMode):
         made = kwargs.get("device")
         if there or (made is not None and torch.device(made).type == "pretend"):
             self.names.add(str(function).removeprefix("aten."))
+            if name == "cumsum" and args[0].is_floating_point():
+                self.names.add("cumsum of floats")
             self._refuse(name, args, kwargs, tensors, bool(there))
             if self._waits(name, args, kwargs):
                 self.waits.append((self.step, name, *project_line()))

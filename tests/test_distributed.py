@@ -13,9 +13,10 @@ from torch import nn
 
 from checkpoint_file import load_checkpoint
 from lightning_modules.distributed import SharedBatchNorm2d, SharedDropout, share_batch_norm
+from main import main
 
 ROOT = Path(__file__).parent.parent
-DIGITS = ["--data", "DigitsDataModule", "--data.batch_size=64", "--trainer.accelerator=cpu"]
+DIGITS = ["--data", "DigitsDataModule", "--data.batch_size=64", "--trainer.accelerator=cpu", "--pictures=false"]
 
 
 def start(*command, **environment):
@@ -31,6 +32,14 @@ def ended(*processes):
     for process, (_, error) in zip(processes, outputs):
         assert process.returncode == 0, error
     return [out for out, _ in outputs]
+
+
+def run_main(devices, *args):
+    """One process is this one, which has its imports behind it."""
+    if devices == 1:
+        main([str(arg) for arg in args])
+    else:
+        ended(start("main.py", *args, f"--trainer.devices={devices}"))
 
 
 def torchrun(processes, *command):
@@ -74,14 +83,9 @@ def test_main_starts_two_processes_which_fit_the_shipped_encoder_as_one(tmp_path
     found = []
     for devices in (1, 2):
         runs = tmp_path / f"runs{devices}"
-        command = ["main.py", "fit", "--config", "configs/triplet_encoder.yaml", *DIGITS, "--trainer.max_epochs=1"]
-        options = [
-            "--model.lr=0.01",
-            "--trainer.precision=64-true",
-            f"--trainer.logger.save_dir={runs}",
-            f"--trainer.devices={devices}",
-        ]
-        ended(start(*command, *options))
+        command = ["fit", "--config", ROOT / "configs/triplet_encoder.yaml", *DIGITS, "--trainer.max_epochs=1"]
+        options = ["--model.lr=0.01", "--trainer.precision=64-true", f"--trainer.logger.save_dir={runs}"]
+        run_main(devices, *command, *options)
         (run,) = (runs / "triplet_encoder").iterdir()
         header, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
         found.append(
@@ -98,14 +102,14 @@ def test_two_nodes_fit_as_one_process(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = ["main.py", "fit", "--config", "configs/softmax_regression.yaml", *DIGITS, "--trainer.max_epochs=2"]
+    command = ["fit", "--config", ROOT / "configs/softmax_regression.yaml", *DIGITS, "--trainer.max_epochs=2"]
     nodes = [
-        start(*command, f"--trainer.logger.save_dir={tmp_path / 'two'}", "--trainer.num_nodes=2", "--trainer.devices=1",
-              MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK=str(rank))
+        start("main.py", *command, f"--trainer.logger.save_dir={tmp_path / 'two'}", "--trainer.num_nodes=2",
+              "--trainer.devices=1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), NODE_RANK=str(rank))
         for rank in range(2)
     ]  # fmt: skip
     ended(*nodes)
-    ended(start(*command, f"--trainer.logger.save_dir={tmp_path / 'one'}"))
+    run_main(1, *command, f"--trainer.logger.save_dir={tmp_path / 'one'}")
     files = [tmp_path / n / "softmax_regression/version_0/checkpoints/last.ckpt" for n in ("one", "two")]
     torch.testing.assert_close(
         *(load_checkpoint(f)["state_dict"]["linear.weight"] for f in files), rtol=1e-4, atol=1e-6
@@ -117,18 +121,10 @@ def mlp_probe(tmp_path_factory):
     """The folder of a probe with dropout on an encoder, both fitted by one process, and one fitted by two."""
     runs = tmp_path_factory.mktemp("runs")
     common = [*DIGITS, f"--trainer.logger.save_dir={runs}"]
-    ended(start("main.py", "fit", "--config", "configs/triplet_encoder.yaml", *common, "--trainer.max_epochs=1"))
-    probe = [
-        "main.py",
-        "fit",
-        "--config",
-        "configs/mlp_probe.yaml",
-        *common,
-        "--trainer.max_epochs=2",
-        "--model.dropout=0.5",
-    ]
-    ended(start(*probe))
-    ended(start(*probe, "--trainer.devices=2"))
+    run_main(1, "fit", "--config", ROOT / "configs/triplet_encoder.yaml", *common, "--trainer.max_epochs=1")
+    probe = ["fit", "--config", ROOT / "configs/mlp_probe.yaml", *common, "--trainer.max_epochs=2"]
+    for devices in (1, 2):
+        run_main(devices, *probe, "--model.dropout=0.5")
     return runs
 
 
@@ -139,7 +135,7 @@ def test_cached_probe_with_dropout_is_the_same_on_two_processes(mlp_probe):
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
 
 
-def test_evaluation_is_the_same_on_one_two_and_three_processes(mlp_probe):
+def test_evaluation_is_the_same_on_one_two_and_three_processes(mlp_probe, capsys):
     """360 test images in batches of 200: of three processes one has none."""
     common = [*DIGITS, "--data.batch_size=200", f"--trainer.logger.save_dir={mlp_probe}", "--trainer.precision=32-true"]
     for stage, command, counts in (
@@ -150,8 +146,12 @@ def test_evaluation_is_the_same_on_one_two_and_three_processes(mlp_probe):
         found = []
         for devices in counts:
             run = mlp_probe / stage / "version_0"
-            options = ["--ckpt_path", run, f"--trainer.devices={devices}"]
-            (out,) = ended(start("main.py", command, "--config", f"configs/{stage}.yaml", *common, *options))
+            given = [command, "--config", ROOT / f"configs/{stage}.yaml", *common, "--ckpt_path", run]
+            if devices == 1:
+                main([str(word) for word in given])
+                out = capsys.readouterr().out
+            else:
+                (out,) = ended(start("main.py", *given, f"--trainer.devices={devices}"))
             newest = max(run.glob(f"{command}_*"), key=lambda p: int(p.name.split("_")[1]))
             table = {k: pytest.approx(float(v), rel=1e-6) for k, v in re.findall(r"(test/\w+)[^\w-]+([-\d.]+)", out)}
             found.append((newest / "predictions.csv").read_text() if command == "predict" else table)

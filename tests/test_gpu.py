@@ -9,6 +9,7 @@ from lightning_fabric.utilities.apply_func import _BLOCKING_DEVICE_TYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproduce
+from benchmarks import common
 from callbacks import RetrievalMonitor, retrieval_monitor
 from datamodules.loader import BatchLoader, bytes_needed
 from errors import InputError
@@ -90,6 +91,21 @@ def test_neighbours_under_autocast_are_those_of_float32():
     with torch.autocast("cpu", torch.bfloat16):
         found = nearest_labels(z, labels, 0, 400), knn_probabilities(z[:50], z, labels, 10)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("stage", ["softmax_regression", "logistic_regression", "supervised_encoder"])
+def test_logits_of_an_evaluation_are_float32(stage, run):
+    options = ["--data.classes=[0,1]", "--data.batch_size=10"] if stage == "logistic_regression" else []
+    model = run("fit", stage, *options, *([SMALL] if "encoder" in stage else [])).model
+    with torch.autocast("cpu", torch.bfloat16):
+        kinds = [mode(model)(torch.rand(4, 3, 32, 32)).dtype for mode in (torch.nn.Module.train, torch.nn.Module.eval)]
+    assert kinds == [torch.bfloat16, torch.float32]
+
+
+def test_benchmarks_take_one_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "command", lambda args: args)
+    options = SimpleNamespace(data_dir=tmp_path, dry_run=False)
+    assert "--trainer.devices=1" in common.fit(options, "triplet_encoder", tmp_path)
 
 
 class Count(TorchDispatchMode):

@@ -116,6 +116,19 @@ def test_the_data_options_of_the_next_command_are_those_of_the_run(tmp_path, run
     assert cli.datamodule.classes == [1, 3] and cli.datamodule.val_size == 50 and not cli.datamodule.augments
 
 
+def test_the_next_command_of_a_fit_on_an_own_file_runs(tmp_path, run, capsys, monkeypatch):
+    own, home = write_tiny(tmp_path / "mine") / "cifar10_train.npz", tmp_path / "home"
+    (home / "cwd").mkdir(parents=True)
+    own.rename(home / "own.npz")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "cwd")
+    run("fit", STAGE, PLAIN, "--data.train_npz=~/own.npz")
+    following = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("Next: python main.py "))
+    assert "main.py validate" in following and str(home / "own.npz") in following
+    monkeypatch.chdir(ROOT)
+    main([*shlex.split(following)[3:], "--trainer.accelerator=cpu"])
+
+
 @pytest.mark.parametrize(
     "default, cpus, others, count",
     [(2, 2, 0.1, 2), (2, 2, 0.4, 2), (2, 2, 0.95, 1), (2, 2, 3.8, 1), (8, 8, 2.0, 6), (4, 8, 1.0, 4), (1, 2, 1.0, 1)],

@@ -125,6 +125,7 @@ def test_apples_gpus_have_a_kernel_for_every_operator(found):
     general |= {"CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutogradNestedTensor"}
     # Written for the pretend device alone, in place of a kernel that each device has under its own name.
     own = {"convolution_overrideable.default", "convolution_backward_overrideable.default"}
+    own.add("cumsum of floats")
     missing = {name for name in used - own if not table.get(name, set()) & general}
     assert not missing
 
@@ -136,6 +137,8 @@ def test_a_fit_makes_no_float64_numbers_on_apples_gpus(found):
 def test_no_operator_is_without_a_deterministic_kernel(found):
     trained = {name.split(".")[0] for name in found("waiting")["operators"]}
     assert "max_pool2d_with_indices_backward" in trained and not trained & NO_DETERMINISTIC_KERNEL
+    assert "cumsum.default" in found("every_stage")["operators"]
+    assert "cumsum of floats" not in found("every_stage")["operators"]
     # In evaluations some sums are in any order, as docs/distributed.md says.
     assert not {name.split(".")[0] for name in found("every_loss")["operators"]} & ANY_ORDER
 
