@@ -78,9 +78,10 @@ def one_line(program: str, function: Callable[[], Any]) -> int:
         if os.environ.get("DEBUG") == "1":
             raise
         if int(os.environ.get("LOCAL_RANK") or 0) > 0:
-            time.sleep(2)  # by then the process that has started this one has ended too, if it found the same
-            if os.getppid() != starter:
-                return 2
+            for _ in range(70):  # seven seconds: the process that has started this one ends too, if it found the same
+                if os.getppid() != starter:
+                    return 2
+                time.sleep(0.1)
         print(f"{program}: {error}", file=sys.stderr)
         return 2
     return 0

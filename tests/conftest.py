@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# Before torch counts the cores, here and in children: there are more workers than cores, and tests that compare bits
-# want a fixed number of threads, whatever else runs.
+# Before torch counts the cores, here and in children: there is a worker for each core, and tests that compare bits want
+# a fixed number of threads, whatever else runs.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from errors import one_line
@@ -14,12 +14,6 @@ from main import main
 CONFIGS = Path(__file__).parent.parent / "configs"
 LARGER = ["triplet_encoder_gpu", "triplet_encoder_hour"]  # the default encoder's config with more of everything
 STAGES = sorted({p.stem for p in CONFIGS.glob("*.yaml")} - set(LARGER))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers(config):
-    """One more than there are cores: many tests wait for processes that they have started."""
-    return os.cpu_count() + 1
 
 
 def pytest_collection_modifyitems(items):

@@ -135,13 +135,13 @@ def test_cached_probe_with_dropout_is_the_same_on_two_processes(mlp_probe):
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
 
 
-def test_evaluation_is_the_same_on_one_two_and_three_processes(mlp_probe, capsys):
+def test_evaluation_is_the_same_on_one_and_three_processes(mlp_probe, capsys):
     """360 test images in batches of 200: of three processes one has none."""
     common = [*DIGITS, "--data.batch_size=200", f"--trainer.logger.save_dir={mlp_probe}", "--trainer.precision=32-true"]
     for stage, command, counts in (
         ("mlp_probe", "test", (1, 3)),
         ("mlp_probe", "predict", (1, 3)),
-        ("triplet_encoder", "test", (1, 2, 3)),
+        ("triplet_encoder", "test", (1, 3)),
     ):
         found = []
         for devices in counts:
