@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,12 @@ def test_sides_take_turns_and_are_compared_pair_by_pair(common):
 
 def test_the_exponent_of_a_power_law(common):
     assert common.exponent([10, 20, 80], [3 * n**1.5 for n in (10, 20, 80)]) == pytest.approx(1.5)
+
+
+def test_fits_take_one_device(common, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "command", lambda args: args)
+    options = SimpleNamespace(data_dir=tmp_path, dry_run=False)
+    assert "--trainer.devices=1" in common.fit(options, "triplet_encoder", tmp_path)
 
 
 def test_images_per_second_behind_the_warm_up(common):

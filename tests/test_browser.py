@@ -60,7 +60,8 @@ def ladder(tmp_path_factory):
     ]
     narrow = "--model.encoder.init_args.widths=[8,8,8]"
     for command, config, *more in (
-        ("fit", "triplet_encoder", narrow), ("fit", "linear_probe"), ("test", "linear_probe", "--ckpt_path=best"),
+        ("fit", "triplet_encoder", narrow, "--tsne.samples=1000"), ("fit", "linear_probe"),
+        ("test", "linear_probe", "--ckpt_path=best"),
     ):  # fmt: skip
         main([command, "--config", str(CONFIGS / f"{config}.yaml"), *small, "--trainer.accelerator=cpu", *more])
     stages = (step.name for step in reproduce.LADDER)

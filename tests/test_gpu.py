@@ -9,7 +9,6 @@ from lightning_fabric.utilities.apply_func import _BLOCKING_DEVICE_TYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reproduce
-from benchmarks import common
 from callbacks import RetrievalMonitor, retrieval_monitor
 from datamodules.loader import BatchLoader, bytes_needed
 from errors import InputError
@@ -100,12 +99,6 @@ def test_logits_of_an_evaluation_are_float32(stage, run):
     with torch.autocast("cpu", torch.bfloat16):
         kinds = [mode(model)(torch.rand(4, 3, 32, 32)).dtype for mode in (torch.nn.Module.train, torch.nn.Module.eval)]
     assert kinds == [torch.bfloat16, torch.float32]
-
-
-def test_benchmarks_take_one_device(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "command", lambda args: args)
-    options = SimpleNamespace(data_dir=tmp_path, dry_run=False)
-    assert "--trainer.devices=1" in common.fit(options, "triplet_encoder", tmp_path)
 
 
 class Count(TorchDispatchMode):

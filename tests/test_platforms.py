@@ -23,7 +23,8 @@ STAGE, PLAIN = "softmax_regression", "--pictures=false"
 
 def command(tmp_path, *more, cwd=ROOT, **environment):
     environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    done = subprocess.run([sys.executable, str(ROOT / "main.py"), *more], cwd=cwd, capture_output=True, env=environment)
+    given = {"cwd": cwd, "capture_output": True, "env": environment, "timeout": 300}
+    done = subprocess.run([sys.executable, str(ROOT / "main.py"), *more], **given)
     return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
 
 
