@@ -73,9 +73,9 @@ def every_stage(rules: Rules) -> dict:
     with tempfile.TemporaryDirectory() as runs:
         for precision in ("bf16-mixed", "16-mixed", "32-true"):
             at = [f"--trainer.precision={precision}", f"--pictures={precision == '32-true'}"]
-            for stage in ("triplet_encoder", "mlp_probe"):
-                found[f"{precision} {stage}"] = metrics(command("fit", stage, "pretend", runs, *at))
-            found[f"{precision} test"] = metrics(command("test", "mlp_probe", "pretend", runs, *at, "--ckpt_path=best"))
+            found[f"{precision} triplet_encoder"] = metrics(command("fit", "triplet_encoder", "pretend", runs, *at))
+        command("fit", "mlp_probe", "pretend", runs, *at)
+        found["32-true test"] = metrics(command("test", "mlp_probe", "pretend", runs, *at, "--ckpt_path=best"))
     return found
 
 

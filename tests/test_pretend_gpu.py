@@ -71,7 +71,8 @@ def test_every_stage_has_a_cpus_metrics_in_float64(commands, device):
 
 
 def test_a_gpus_precisions_end_well(commands):
-    for name in (f"{p} {what}" for p in ("bf16-mixed", "16-mixed", "32-true") for what in ("triplet_encoder", "test")):
+    names = [f"{precision} triplet_encoder" for precision in ("bf16-mixed", "16-mixed", "32-true")]
+    for name in [*names, "32-true test"]:
         assert all(value == value for value in commands[name].values()) and commands[name], name
 
 
