@@ -79,7 +79,9 @@ def export(args: list[str] | None = None) -> Path:
         if not difference <= TOLERANCE:
             raise InputError(f"{file}: differs from the run by {difference:.1e} and was removed; give another --format")
     except ImportError as error:
-        raise InputError(f"--format {options.format} needs {error.name}: pip install -e '.[export]'") from error
+        raise InputError(
+            f"--format {options.format} needs {error.name or error}: pip install -e '.[export]'"
+        ) from error
     except BaseException:
         file.unlink(missing_ok=True)  # whatever is left has been compared
         raise
@@ -117,7 +119,6 @@ def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tu
 def _onnx(model: nn.Module, file: Path, metadata: dict[str, str], example: Tensor) -> Callable[[Tensor], Tensor]:
     import onnx
     import onnxruntime
-    import onnxscript  # noqa: F401  (torch.onnx needs it)
 
     names = {"input_names": ["images"], "output_names": [metadata["gives"]]}
     program = torch.onnx.export(model, (example,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)

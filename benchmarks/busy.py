@@ -1,7 +1,7 @@
 """Training beside other busy programs: as `main.py` chooses its threads, with one thread, and with all of them.
 
     python -m benchmarks.busy                                # half an hour on two cores without bfloat16
-    python -m benchmarks.busy --beside "alone" --steps 60
+    python -m benchmarks.busy --beside alone --steps 60
 
 Images/s of `main.py fit` with configs/triplet_encoder.yaml, alone and beside one and three programs that never pause,
 of equal and of lower priority. Fresh processes, in turn: the threads are chosen at a program's start.

@@ -103,7 +103,7 @@ def unit_features(pl_module: LightningModule, loader) -> Tensor:
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int) -> float:
     """Expected calibration error of the confidences (N,) of predictions, `correct` (N,) or not: the mean over images of
-    |accuracy − confidence| of their bin (C. Guo et al., "On Calibration of Modern Neural Networks", 2017, equation 3).
+    |accuracy − confidence| of their bin (C. Guo et al., "On Calibration of Modern Neural Networks", 2017, eq. 3).
     """
     below_one = confidence.clamp_max(1 - 1e-7)  # torchmetrics puts a confidence of 1 into a bin of its own
     return float(binary_calibration_error(below_one, correct.long(), bins))

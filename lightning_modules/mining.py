@@ -122,5 +122,5 @@ def out_of_range(loss: BatchLoss, measured: dict[str, float]) -> dict[str, str]:
         )
     if temperature is not None and not 0.01 <= temperature <= 1:
         what = "all pairs weigh alike" if temperature > 1 else "only each anchor's hardest pair has a gradient"
-        found["temperature"] = f"temperature {temperature:g} of {name} is out of range ({what}): give one in 0.05 … 0.5"
+        found["temperature"] = f"temperature {temperature:g} of {name} is out of range ({what}): give 0.05 … 0.5"
     return found

@@ -141,7 +141,7 @@ class Optimization(FiniteLoss):
 
 
 def triangle(total: int, warmup: float) -> Callable[[int], float]:
-    """Learning rate factor at step s of `total`: 0 → 1 over the share `warmup`, then 1 → 0; within them never 0 itself.
+    """Learning rate factor at step s of `total`: 0 → 1 over the share `warmup`, then 1 → 0; within them never 0.
 
     A function, of which LambdaLR saves nothing: a resumed fit follows the schedule of its own length.
     """

@@ -12,8 +12,8 @@ from lightning_modules.stage import Stage
 class PixelLinear(nn.Linear):
     """Images (B, 3, 32, 32) in [0, 1] → (B, `out_features`): a linear layer, started at zero, on normalised pixels.
 
-    The training split's channel means μ and deviations σ are buffers, and the layer reads (x − μ)/σ. It does so through
-    its weights, as (W/σ)x + b − (W/σ)μ, which leaves the batch of images as it lies in memory.
+    The training split's channel means μ and deviations σ are buffers, and the layer reads (x − μ)/σ. It does so
+    through its weights, as (W/σ)x + b − (W/σ)μ, which leaves the batch of images as it lies in memory.
     """
 
     def __init__(self, out_features: int) -> None:

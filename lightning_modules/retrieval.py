@@ -72,7 +72,7 @@ def knn_probabilities(
 
 
 def _votes(nearest: Tensor, neighbours: Tensor, num_classes: int, temperature: float) -> Tensor:
-    """Similarities (Q, k) and classes (Q, k) of the nearest → votes (Q, num_classes), up to a factor for each query."""
+    """Similarities (Q, k) and classes (Q, k) of the nearest → votes (Q, num_classes), up to a factor a query."""
     weights = ((nearest - nearest[:, :1]) / temperature).exp()  # of the nearest 1, so that the sum is above 0
     return weights.new_zeros(len(nearest), num_classes).scatter_add_(1, neighbours, weights)
 

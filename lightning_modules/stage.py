@@ -23,8 +23,8 @@ class Stage(Optimization):
 
     Args:
         num_classes: number of classes; linked to the data by the command line.
-        l2_lambda: λ of ½λ‖W‖² added to the training loss over the weights that `weight_decay` is about (logged losses
-            are without it).
+        l2_lambda: λ of ½λ‖W‖² added to the training loss over the weights that `weight_decay` is about (logged
+            losses are without it).
     """
 
     def __init__(self, num_classes: int = 10, l2_lambda: float = 0.0, **kwargs) -> None:

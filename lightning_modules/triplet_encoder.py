@@ -146,8 +146,8 @@ class TripletEncoder(EncoderStage):
 def nearest_labels(embeddings: Tensor, labels: Tensor, first: int, count: int) -> Tensor:
     """Labels (count,) of the nearest other embedding (cosine) of `count` images of the batch from place `first` on.
 
-    `embeddings` (B, D), `labels` (B,). −1, which is no label, where B is 1. Blocks of rows keep the similarities below
-    `MATRIX` elements.
+    `embeddings` (B, D), `labels` (B,). −1, which is no label, where B is 1. Blocks of rows keep the similarities
+    below `MATRIX` elements.
     """
     if len(labels) == 1:
         return torch.full_like(labels, -1)

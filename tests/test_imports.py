@@ -1,4 +1,4 @@
-"""Dependencies point one way: main → cli → callbacks → run_folder → lightning_modules, datamodules → errors."""
+"""Imports point one way: main → cli → callbacks → run_folder → lightning_modules, datamodules → errors."""
 
 import ast
 import subprocess

@@ -153,7 +153,10 @@ def test_a_busy_program_beside_ours_gets_its_core_and_a_line_reports_it(beside_a
     assert capsys.readouterr().out == "threads: 1 of 2, since other programs use 0.9 of 2 CPUs; --threads N decides\n"
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists() or os.cpu_count() == 1, reason="Linux alone says what others use")
+@pytest.mark.skipif(
+    not Path("/proc/stat").exists() or os.cpu_count() == 1,
+    reason="runs on Linux, which says what other programs use, with two cores or more",
+)
 @pytest.mark.parametrize("environment, line", [({}, True), ({"OMP_PROC_BIND": "false"}, False)])
 def test_a_fit_beside_busy_programs_leaves_them_their_cores(tmp_path, tiny, environment, line):
     chosen = {"OMP_NUM_THREADS": None, **environment}

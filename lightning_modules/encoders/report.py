@@ -9,8 +9,8 @@ from lightning_modules.encoders.contract import Encoder
 class ReportEncoder(Encoder):
     """The two-convolution network of the report this project grew from, layer for layer; 5.3 million weights.
 
-    Conv 3→32, ReLU, max-pool, conv 32→64, ReLU, max-pool, linear 4096→1024, ReLU, linear 1024→512, ReLU, and a linear
-    layer to `feature_dim`, the report's `z_dim`. Trained with `z_dim: null`, its loss reads these features themselves.
+    Conv 3→32, ReLU, max-pool, conv 32→64, ReLU, max-pool, linear 4096→1024, ReLU, linear 1024→512, ReLU, and a
+    linear layer to `feature_dim`, the report's `z_dim`. Trained with `z_dim: null`, its loss reads these features.
     """
 
     def __init__(self, feature_dim: int = 32) -> None:

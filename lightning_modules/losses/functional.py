@@ -52,10 +52,10 @@ def dense_triplet_margin_loss(
 def lmnn_loss(z: Tensor, labels: Tensor, margin: float, push: float, neighbours: int, distance: nn.Module) -> Tensor:
     """Large margin nearest neighbour: pull the target neighbours, push the impostors inside their margin.
 
-    (1 − μ) Σ_{i,j} d(i, j) + μ Σ_{i,j,l} max(0, margin + d(i, j) − d(i, l)), j over the `neighbours` nearest of i's
-    class, l over the images of other classes, both divided by the number of pairs (i, j); μ is `push`. K. Weinberger
-    & L. Saul, "Distance Metric Learning for Large Margin Nearest Neighbor Classification", 2009, equations 11–13, with
-    the batch's target neighbours. `distance` is the squared Euclidean or Mahalanobis one, `z` (B, D), `labels` (B,).
+    (1 − μ) Σ_{i,j} d(i, j) + μ Σ_{i,j,l} max(0, margin + d(i, j) − d(i, l)), j over the `neighbours` nearest of
+    i's class, l over the images of other classes, both divided by the number of pairs (i, j); μ is `push`. K.
+    Weinberger & L. Saul, "Distance Metric Learning for Large Margin Nearest Neighbor Classification", 2009, eq. 11–13,
+    with the batch's target neighbours. `distance` is the squared Euclidean or Mahalanobis one, `z` (B, D), `labels` (B,).
     """
 
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
@@ -127,8 +127,8 @@ def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoot
     "Generalized End-to-End Loss for Speaker Verification", 2018, equations 6 and 8, with a fixed temperature, after J.
     Snell et al., "Prototypical Networks", 2017. `label_smoothing` is the share of each label that is spread over the
     batch's classes. `z` (B, D), `labels` (B,); anchors without another image of their class are left out. O(B C) for C
-    classes (on a GPU O(B²), see `_classes`): a triplet's anchor, with one mean for all positives and one for each class
-    of negatives.
+    classes (on a GPU O(B²), see `_classes`): a triplet's anchor, with one mean for all positives and one for each
+    class of negatives.
     """
     z = unit(z)
     members, one_hot, sizes = _classes(z, labels)
@@ -146,7 +146,7 @@ def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoot
 
 
 def pairwise_contrastive_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The report's equation 2: mean of −log p_ij over positive pairs plus mean of −log(1 − p_ij) over negative pairs.
+    """The report's equation 2: mean of −log p_ij over positive pairs, plus that of −log(1 − p_ij) over negative ones.
 
     p_ij = exp(s_ij / τ) / Σ_{k ≠ i} exp(s_ik / τ), s the cosine similarity. `z` (B, D), `labels` (B,).
     """

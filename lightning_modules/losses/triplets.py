@@ -79,8 +79,8 @@ def hardest_triplets(distances: Tensor, labels: Tensor, block: slice = slice(Non
     """The farthest positive and the nearest negative of every anchor (A. Hermans et al., "In Defense of the Triplet
     Loss for Person Re-Identification", 2017, equation 5).
 
-    `distances` (A, B) of the A anchors in `block`, `labels` (B,) → indices of positives and negatives, and whether the
-    anchor has both, (A,) each; where it has not, they are any.
+    `distances` (A, B) of the A anchors in `block`, `labels` (B,) → indices of positives and negatives, and whether
+    the anchor has both, (A,) each; where it has not, they are any.
     """
     positive, negative = pair_masks(labels, block)
     farthest = distances.masked_fill(~positive, float("-inf")).argmax(1)
