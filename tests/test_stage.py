@@ -71,7 +71,7 @@ def test_logistic_regression_is_softmax_regression_with_two_classes():
     one, two = LogisticRegression(lr=0.02), SoftmaxRegression(num_classes=2, lr=0.01)
     fit(one, DigitsDataModule(**data))
     fit(two, DigitsDataModule(**data))
-    # σ(z) = softmax(0, z): with w = w₁ − w₀, each of the two moves half as far for the same rate, hence 0.02 and 0.01.
+    # σ(z) = softmax(0, z): with w = w₁ − w₀, each moves half as far for the same rate, hence 0.02 and 0.01.
     difference = two.linear.weight[1] - two.linear.weight[0]
     torch.testing.assert_close(one.linear.weight[0], difference, rtol=1e-3, atol=1e-5)
     x = torch.rand(5, 3, 32, 32)

@@ -54,8 +54,9 @@ def lmnn_loss(z: Tensor, labels: Tensor, margin: float, push: float, neighbours:
 
     (1 − μ) Σ_{i,j} d(i, j) + μ Σ_{i,j,l} max(0, margin + d(i, j) − d(i, l)), j over the `neighbours` nearest of
     i's class, l over the images of other classes, both divided by the number of pairs (i, j); μ is `push`. K.
-    Weinberger & L. Saul, "Distance Metric Learning for Large Margin Nearest Neighbor Classification", 2009, eq. 11–13,
-    with the batch's target neighbours. `distance` is the squared Euclidean or Mahalanobis one, `z` (B, D), `labels` (B,).
+    Weinberger & L. Saul, "Distance Metric Learning for Large Margin Nearest Neighbor Classification", 2009,
+    equations 11–13, with the batch's target neighbours. `distance` is the squared Euclidean or Mahalanobis one, `z`
+    (B, D), `labels` (B,).
     """
 
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
@@ -146,7 +147,7 @@ def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoot
 
 
 def pairwise_contrastive_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The report's equation 2: mean of −log p_ij over positive pairs, plus that of −log(1 − p_ij) over negative ones.
+    """The report's equation 2: mean of −log p_ij over positive pairs, plus of −log(1 − p_ij) over negative ones.
 
     p_ij = exp(s_ij / τ) / Σ_{k ≠ i} exp(s_ik / τ), s the cosine similarity. `z` (B, D), `labels` (B,).
     """
