@@ -7,6 +7,8 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
+from callbacks.training_monitor import ImageRate
+
 
 class Progress(TQDMProgressBar):
     """Lightning's bar with stage and epoch, loss, validation accuracy, the time left of the whole fit, and images/s.
@@ -20,9 +22,8 @@ class Progress(TQDMProgressBar):
         super().__init__(*args, **kwargs)
         self._began, self._first = 0.0, None  # there may be validations before a fit's first step
         self._loss: float | None = None
-        self._rate: float | None = None
-        self._shown_at = 0.0
-        self._since, self._images, self._looked_at = None, 0, 0
+        self._images, self._rate = ImageRate(), None
+        self._shown_at, self._looked_at = 0.0, 0
 
     def init_train_tqdm(self) -> tqdm:
         bar = super().init_train_tqdm()
@@ -38,25 +39,23 @@ class Progress(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: Trainer, *args) -> None:
         super().on_train_epoch_start(trainer, *args)
-        self._since = None  # a rate across a validation would be none
+        self._images.restart()
         last = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         stage = type(trainer.lightning_module).__name__
         self.train_progress_bar.set_description_str(f"{stage} {trainer.current_epoch + 1}{last}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step, every = trainer.global_step, trainer.log_every_n_steps
-        self._images += len(batch[1]) * trainer.world_size
+        self._images.add(len(batch[1]) * trainer.world_size)
         if every and step % every == 0 and step != self._looked_at:  # accumulated batches share a step
-            self._loss, self._looked_at, now = float(outputs["logged_loss"]), step, time.monotonic()
-            if self._since is not None:
-                self._rate = self._images / (now - self._since)
-            self._since, self._images = now, 0
+            self._loss, self._looked_at = float(outputs["logged_loss"]), step
+            self._rate = self._images.measure() or self._rate
         if trainer.is_last_batch or time.monotonic() - self._shown_at > 0.1:  # drawing may take longer than a step
             self._shown_at = time.monotonic()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since = None
+        self._images.restart()
         super().on_validation_end(trainer, pl_module)
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:

@@ -11,6 +11,27 @@ from callbacks.figures import tensorboards
 LAYOUT = {"training": {q: ["Multiline", [f"train/{q}", f"val/{q}"]] for q in ("loss", "accuracy")}}
 
 
+class ImageRate:
+    """Images/s between two measurements in a fit."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out what has passed since the last measurement: a rate across a validation would be none."""
+        self._since, self._images = None, 0
+
+    def add(self, images: int) -> None:
+        self._images += images
+
+    def measure(self) -> float | None:
+        """None where nothing was measured since the last restart."""
+        now = time.perf_counter()
+        rate = None if self._since is None else self._images / (now - self._since)
+        self._since, self._images = now, 0
+        return rate
+
+
 class TrainingMonitor(Callback):
     """Logs `step/images_per_s`, `step/gradient_norm` (before clipping) and `step/lr` every `log_every_n_steps` steps.
 
@@ -20,12 +41,16 @@ class TrainingMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_at = trainer.global_step
-        self._since, self._images = None, 0  # a fit resumed within an epoch does not pass the epoch's start
+        self._rate = ImageRate()
         for logger in tensorboards(trainer):
             logger.experiment.add_custom_scalars(LAYOUT)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._since, self._images = None, 0  # a rate across a validation would be none
+        self._rate.restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._rate.restart()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
         every = trainer.log_every_n_steps
@@ -34,15 +59,14 @@ class TrainingMonitor(Callback):
             self._norm, self._lr = get_total_norm(gradients), optimizer.param_groups[0]["lr"]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
-        self._images += len(batch[1]) * trainer.world_size
+        self._rate.add(len(batch[1]) * trainer.world_size)
         step, every = trainer.global_step, trainer.log_every_n_steps
         if not every or step % every or step == self._measured_at:  # accumulated batches share a step
             return
-        now, self._measured_at = time.perf_counter(), step
+        self._measured_at = step
         measured = {"step/gradient_norm": float(self._norm), "step/lr": self._lr}
-        if self._since is not None:
-            measured["step/images_per_s"] = self._images / (now - self._since)
-        self._since, self._images = now, 0
+        if (rate := self._rate.measure()) is not None:
+            measured["step/images_per_s"] = rate
         for logger in trainer.loggers:
             logger.log_metrics(measured, step)
 

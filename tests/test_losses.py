@@ -307,8 +307,8 @@ def test_pairwise_contrastive_loss_is_exact_where_a_probability_nears_one():
     loss = functional.pairwise_contrastive_loss(z, torch.tensor([0, 1, 0, 1]), 0.05)
     loss.backward()
     assert loss.isfinite() and z.grad.isfinite().all()
-    # Of the eight negative pairs, 0–1 and 2–3 in both directions have 1 − p = 2 exp(−40) / (1 + 2 exp(−40)), the
-    # other four p = exp(−40); the four positive pairs have −log p = 40.
+    # Of the eight negative pairs, 0–1 and 2–3 in both directions have 1 − p = 2 exp(−40) / (1 + 2 exp(−40)),
+    # the other four p = exp(−40); the four positive pairs have −log p = 40.
     assert float(loss.detach()) == pytest.approx(40 + 4 * (40 - math.log(2)) / 8, rel=1e-4)
 
 
