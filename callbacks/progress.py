@@ -7,7 +7,7 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
-from callbacks.training_monitor import ImageRate
+from callbacks.image_rate import ImageRate
 
 
 class Progress(TQDMProgressBar):

@@ -1,35 +1,13 @@
 """What TensorBoard shows of every fit: speed, gradients and learning rate, curves in pairs, and runs side by side."""
 
-import time
-
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.nn.utils import get_total_norm
 
 from callbacks.figures import tensorboards
+from callbacks.image_rate import ImageRate
 
 # The custom scalars page: training and validation in one chart.
 LAYOUT = {"training": {q: ["Multiline", [f"train/{q}", f"val/{q}"]] for q in ("loss", "accuracy")}}
-
-
-class ImageRate:
-    """Images/s between two measurements in a fit."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Leaves out what has passed since the last measurement: a rate across a validation would be none."""
-        self._since, self._images = None, 0
-
-    def add(self, images: int) -> None:
-        self._images += images
-
-    def measure(self) -> float | None:
-        """None where nothing was measured since the last restart."""
-        now = time.perf_counter()
-        rate = None if self._since is None else self._images / (now - self._since)
-        self._since, self._images = now, 0
-        return rate
 
 
 class TrainingMonitor(Callback):
