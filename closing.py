@@ -22,7 +22,8 @@ WRITTEN = {
 }
 PROBE_BATCH = 512  # of configs/linear_probe.yaml
 FILES = ("checkpoints", "config.yaml", "curves.png", "metrics.csv", "finished.json")
-AUGMENTATION = ("batch_size", "flip", "translate", "cutout")  # a probe's config has its own
+VIEWS = ("views", "crop_scale", "color_jitter", "greyscale", "small_views", "small_size", "small_scale")
+AUGMENTATION = ("batch_size", "flip", "translate", "cutout", *VIEWS)  # a probe's config has its own
 
 
 def after_fit(trainer: Trainer, run: Path | None, config: Namespace) -> str:

@@ -24,13 +24,15 @@ def expand_paths(config: Namespace) -> None:
 
 def runs_folder(config: Namespace) -> Path:
     """`<save_dir>/<name>` of the first logger that is given a save_dir; without one, in `default_root_dir` or `runs`.
-    The name defaults to the model's class, in snake case."""
+    The name defaults to the model's class, in snake case, or `label_free_encoder`."""
     named = [spec.init_args for spec in specs(config.trainer.logger) if spec.init_args.get("save_dir")]
     named.sort(key=lambda options: options.save_dir == RUNS)  # one that was given comes before the default
     logger, root = named[0] if named else {}, config.trainer.default_root_dir
     name, model = logger.get("name"), config.model.class_path.rsplit(".", 1)[-1]
     if name in (None, "lightning_logs"):  # Lightning's default
         name = snake_case(model)
+        if name == "triplet_encoder" and config.model.init_args.get("positives") == "view":
+            name = "label_free_encoder"
     folder = logger.get("save_dir") or RUNS
     folder = root if root is not None and folder == RUNS else folder
     require("://" not in str(folder), "trainer.logger.save_dir", folder, "a folder of this machine's file system")

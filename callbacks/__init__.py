@@ -14,6 +14,7 @@ from callbacks.retrieval_monitor import RetrievalMonitor
 from callbacks.run_files import RunFiles
 from callbacks.training_monitor import TrainingMonitor
 from callbacks.tsne import TSNE
+from callbacks.view_sheet import ViewSheet
 
 # Those whose options the command line has, as `--<class in snake case>.<option>`; what does not apply to a stage does
 # nothing there. The command line adds Progress, ModelParts and RunFiles by itself.
@@ -26,6 +27,7 @@ NAMED = (
     MiningMonitor,
     RetrievalMonitor,
     TSNE,
+    ViewSheet,
     Inspection,
     PredictionWriter,
     Report,

@@ -125,8 +125,8 @@ def draw_reliability(confidence: Tensor, correct: Tensor, bins: int, error: floa
     return figure
 
 
-def draw_gallery(rows: list[list[tuple[Tensor, str]]]) -> Figure:
-    """A row for each error: its image and caption, then those of its neighbours; images (32, 32, 3) uint8."""
+def draw_gallery(rows: list[list[tuple[Tensor, str]]], title: str) -> Figure:
+    """Rows of images (S, S, 3) uint8, each with its caption."""
     columns = max(map(len, rows))
     figure = Figure(figsize=(1.4 * columns + 0.2, 1.7 * len(rows)), layout="constrained")
     axes = figure.subplots()  # a grid of many axes takes seconds
@@ -138,7 +138,7 @@ def draw_gallery(rows: list[list[tuple[Tensor, str]]]) -> Figure:
     axes.set(xlim=(-0.15, 1.25 * columns - 0.1), ylim=(1.5 * len(rows) - 0.5, -0.45))
     axes.set_axis_off()
     if columns > 1:
-        figure.suptitle("most confident errors, each with the nearest training images", fontsize=9)
+        figure.suptitle(title, fontsize=9)
     return figure
 
 

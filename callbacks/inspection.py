@@ -69,7 +69,8 @@ class Inspection(Callback):
         if len(wrong):
             shown = [(plain(names[labels[i]]), plain(names[predicted[i]]), float(confidence[i])) for i in wrong]
             captions = [f"{true}\ntaken for {other}\n({sure:.2f})" for true, other, sure in shown]
-            drawn["errors"] = draw_gallery(self._gallery(trainer, pl_module, split, wrong, captions))
+            gallery = self._gallery(trainer, pl_module, split, wrong, captions)
+            drawn["errors"] = draw_gallery(gallery, "most confident errors, each with the nearest training images")
         for name, figure in drawn.items():
             save(trainer, figure, f"{name}.png", f"{split}/{name}")
 

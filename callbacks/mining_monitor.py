@@ -57,7 +57,9 @@ class MiningMonitor(Callback):
         for logger in tensorboards(trainer):
             for name, values in histograms.items():
                 logger.experiment.add_histogram(f"mining/{name}", values, step)
-        self._judge(trainer, diagnose(pl_module.loss_function, measured) if measured else {})
+        views = pl_module.positives == "view"
+        found = diagnose(pl_module.loss_function, measured, views, trainer.current_epoch == 0) if measured else {}
+        self._judge(trainer, found)
 
     def _judge(self, trainer: Trainer, found: dict[str, str]) -> None:
         # One measurement without it does not start its count anew: a batch is a small sample.

@@ -11,6 +11,7 @@ from errors import require
 from lightning_modules import TripletEncoder
 from lightning_modules.distributed import gather_objects, world
 from lightning_modules.means import Mean
+from lightning_modules.mining import view_statistics
 from lightning_modules.retrieval import STATISTICS, retrieval_metrics, retrieval_statistics
 
 
@@ -21,7 +22,8 @@ class RetrievalMonitor(Callback):
     with the features they had then: augmented, under the weights and batch statistics of their step. That costs no
     pass through the network and is an estimate; `validate` and `test` compute the metrics in full. A figure of the
     queries' two principal components goes into `pca.png` and to TensorBoard as `val_sample/pca`, once a minute and at
-    the end of the fit. Does nothing for other stages than TripletEncoder.
+    the end of the fit. Where an image's positives are its views, those of the queries give `view_statistics` too, and
+    the labels count in what is logged alone. Does nothing for other stages than TripletEncoder.
 
     Args:
         queries: validation images, evenly spread over the split.
@@ -34,7 +36,7 @@ class RetrievalMonitor(Callback):
         require(bank >= 1, "retrieval_monitor.bank", bank, "at least 1")
         self.queries, self.bank, self.pictures = queries, bank, pictures
         self._training: list[tuple[Tensor, Tensor]] = []
-        self._validation: list[tuple[Tensor, Tensor]] = []
+        self._validation: list[tuple[Tensor, Tensor, Tensor]] = []
         self._undrawn: tuple[Tensor, Tensor] | None = None  # the last queries and their labels
         self._drawn_at = 0.0
 
@@ -55,13 +57,14 @@ class RetrievalMonitor(Callback):
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if trainer.state.fn == "fit" and isinstance(pl_module, TripletEncoder):
-            self._validation.append((outputs["features"], batch[1]))
+            views = outputs["views"].unflatten(0, (len(batch[1]), -1)) if len(batch[1]) else outputs["views"][:, None]
+            self._validation.append((outputs["features"], batch[1], views))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         validation, self._validation = self._validation, []
         if trainer.sanity_checking or not validation or not self._training:
             return
-        queries, labels = (torch.cat(x) for x in zip(*validation))
+        queries, labels, views = (torch.cat(x) for x in zip(*validation))
         bank, bank_labels = (torch.cat([part.to(pl_module.device) for part in x]) for x in zip(*self._training))
         if trainer.is_last_batch:
             self._training = []  # out of the checkpoints of epochs' ends
@@ -69,7 +72,7 @@ class RetrievalMonitor(Callback):
         block, images = trainer.val_dataloaders.block, trainer.val_dataloaders.num_samples
         chosen = torch.arange(min(self.queries, images), device=labels.device) * images // min(self.queries, images)
         chosen = chosen[(chosen >= block.start) & (chosen < block.start + len(queries))] - block.start
-        queries, labels = queries[chosen].float(), labels[chosen]
+        queries, labels, views = queries[chosen].float(), labels[chosen], views[chosen]
         if trainer.world_size > 1:
             bank, bank_labels = (pl_module.all_gather(x).flatten(0, 1) for x in (bank, bank_labels))
         options = pl_module.num_classes, pl_module.knn_k, pl_module.knn_temperature
@@ -77,6 +80,9 @@ class RetrievalMonitor(Callback):
         mean = Mean(len(STATISTICS)).to(pl_module.device)
         mean.update(found.sum(0), len(found))
         metrics = retrieval_metrics(mean.compute())
+        if pl_module.positives == "view":
+            everyones = [x for x in gather_objects(views.flatten(0, 1).cpu()) if len(x)]
+            metrics |= view_statistics(torch.cat(everyones))
         pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
         pl_module.log_dict({f"val_sample/{name}": value for name, value in metrics.items()}, sync_dist=True)
         if self.pictures and trainer.loggers and trainer.is_global_zero:

@@ -1,6 +1,7 @@
 """What all data sets here share: splits held in memory as uint8, and the loaders that cut batches from them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from datamodules.arrays import ImageSet, images_sha256, select_classes, stratified_split
 from datamodules.loader import BatchLoader, bytes_needed
+from datamodules.views import Views, views_of
 from errors import InputError, require
 
 
@@ -40,6 +42,15 @@ class InMemoryDataModule(LightningDataModule):
         flip: mirror images while fitting.
         translate: shift images by up to this many pixels while fitting.
         cutout: hide a square of this side, somewhere in each image, while fitting.
+        views: views of each image in a batch while fitting, `batch_size` images having views · `batch_size` of them.
+            From two on each is mirrored by chance.
+        crop_scale: the least and the largest share of an image that a view shows, enlarged to the whole; null: all.
+        color_jitter: by how much brightness, contrast, saturation (around 1) and hue (in turns) vary, in four of five
+            views; a single number s stands for [0.8 s, 0.8 s, 0.8 s, 0.2 s] (SimCLR, appendix A).
+        greyscale: share of the views without colour.
+        small_views: further views of each image, of `small_size` pixels.
+        small_size: their side.
+        small_scale: as `crop_scale`, for them.
         names: of all classes in the data; null: `CLASSES`.
     """
 
@@ -55,8 +66,16 @@ class InMemoryDataModule(LightningDataModule):
         flip: bool = True,
         translate: int = 2,
         cutout: int = 0,
+        views: int = 1,
+        crop_scale: list[float] | None = None,
+        color_jitter: float | list[float] = 0.0,
+        greyscale: float = 0.0,
+        small_views: int = 0,
+        small_size: int = 16,
+        small_scale: list[float] = [0.08, 0.4],
         names: Sequence[str] | None = None,
     ) -> None:
+        options = {name: value for name, value in locals().items() if name not in ("self", "names", "__class__")}
         super().__init__()
         names = tuple(names or self.CLASSES)
         if classes is not None:
@@ -70,12 +89,12 @@ class InMemoryDataModule(LightningDataModule):
         require(0 <= cutout <= 32, "data.cutout", cutout, "0..32 pixels")
         self.classes, self.val_size, self.split_seed = classes, val_size, split_seed
         self.batch_size, self.flip, self.translate, self.cutout = batch_size, flip, translate, cutout
-        options = ("classes", "val_size", "split_seed", "batch_size", "flip", "translate", "cutout")
-        self.save_hyperparameters({name: getattr(self, name) for name in options})  # the defaults behind **kwargs too
+        self.views = views_of(views, crop_scale, color_jitter, greyscale, small_views, small_size, small_scale, flip)
+        self.save_hyperparameters(options)  # the defaults behind **kwargs too
         self.names = names
         self.class_names = list(names) if classes is None else [names[i] for i in classes]
         self.num_classes = len(self.class_names)
-        self.augments = flip or translate > 0 or cutout > 0
+        self.augments = flip or translate > 0 or cutout > 0 or bool(self.views)
         # Which images are trained on: what a checkpoint carries and must agree on. The training file's digest is added
         # when that is read, which `test` and `predict` do not.
         self.fingerprint: dict[str, str | int] = {"val_size": val_size, "split_seed": split_seed}
@@ -154,15 +173,27 @@ class InMemoryDataModule(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         self._check_batch_size()  # a callback such as BatchSizeFinder may have set it
-        drawn = {"flip": self.flip, "translate": self.translate, "cutout": self.cutout} if self.augments else {}
+        # Views of an image are each mirrored by chance: alternating, they would be alike.
+        one = not self.views or self.views[0].count == 1
+        drawn = {"flip": self.flip and one, "translate": self.translate, "cutout": self.cutout, "views": self.views}
         drawn["reshuffle"] = self.trainer.overfit_batches == 0
         return self._loader("train", *self._cached.get("train", self.split("train")), seed=self._seed, **drawn)
 
     def val_dataloader(self) -> BatchLoader:
-        return self._loader("val", *self._cached.get("val", self.split("val")))
+        return self._loader("val", *self._cached.get("val", self.split("val")), views=self._fixed_views)
 
     def test_dataloader(self) -> BatchLoader:
-        return self._loader("test", *self.split("test"))
+        return self._loader("test", *self.split("test"), views=self._fixed_views)
+
+    @property
+    def _fixed_views(self) -> list[Views]:
+        """Two views of each image, beside it in an evaluation: for a loss that compares views."""
+        return [replace(self.views[0], count=2)] if self.number_of_views > 1 else []
+
+    @property
+    def number_of_views(self) -> int:
+        """How many views of each image a training batch has, of all sizes together."""
+        return sum(view.count for view in self.views) or 1
 
     def predict_dataloader(self) -> BatchLoader:
         return self._loader("test", self.split("test").images, None)
@@ -171,7 +202,8 @@ class InMemoryDataModule(LightningDataModule):
         """Batches of tensors on the training device, or where the inputs are if they would fill half of what it has
         free."""
         device = self.trainer.strategy.root_device
-        wanted, free = bytes_needed(inputs, labels, self.batch_size, options.get("translate", 0)), free_memory(device)
+        made = options.get("translate", 0), options.get("views", ())
+        wanted, free = bytes_needed(inputs, labels, self.batch_size, *made), free_memory(device)
         there = inputs.ndim == 2 and inputs.device == device  # features, computed on it
         if wanted > free / 2 and name not in self._left and not there:
             self._left.add(name)

@@ -1,13 +1,15 @@
 """The data path: whole batches cut from tensors that stay on the training device."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
+
+from datamodules.views import Views
 
 
 def batch_generator(*key: int) -> torch.Generator:
@@ -33,6 +35,10 @@ class BatchLoader:
     K. Jordan, "94% on CIFAR-10 in 3.29 Seconds", 2024, section 3.6). `translate` shifts each image by up to that many
     pixels in x and y after reflect padding. `cutout` then fills a square of that side, around any pixel of the image,
     with the mean colour (T. DeVries & G. Taylor, "Improved Regularization of CNNs with Cutout", 2017, section 3.2).
+
+    With `views`, training batches hold views of the images in their place, all views of an image behind each other:
+    (B · V, 3, S, S) for views of one size, a list of these for several. What they are cut from is translated and cut
+    out for each view anew. Evaluation batches then have views as a third part, the same in every epoch.
     """
 
     def __init__(
@@ -45,13 +51,14 @@ class BatchLoader:
         flip: bool = False,
         translate: int = 0,
         cutout: int = 0,
+        views: Sequence[Views] = (),
         reshuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self.labels, self.batch_size, self.seed, self.flip, self.cutout = labels, batch_size, seed, flip, cutout
         self.rank, self.world_size, self.num_samples, self.epoch = rank, world_size, len(inputs), 0
-        self.reshuffle = reshuffle
+        self.reshuffle, self.views = reshuffle, views
         self.translate = 0 if seed is None or inputs.ndim == 2 else translate
         self._delivered = self._resumed = (0, 0)  # epoch, batches of it
         # torchvision's arrays are views with another order of their dimensions
@@ -87,12 +94,23 @@ class BatchLoader:
             return self.num_samples // self.batch_size
         return max(1, -(-len(self.block) // self.batch_size))  # Lightning refuses a loader without a batch
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | tuple[Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor | list[Tensor], ...]]:
+        yield from self._evaluation() if self.seed is None else self._training()
+
+    def _evaluation(self) -> Iterator[tuple[Tensor, ...]]:
+        device, block = self.inputs.device, self.block
+        for first in range(block.start, block.stop, self.batch_size) or [block.start]:
+            index = torch.arange(first, max(first, min(first + self.batch_size, block.stop)), device=device)
+            labels = () if self.labels is None else (self.labels[index],)
+            if self.inputs.ndim == 2:
+                yield self.inputs.index_select(0, index), *labels
+                continue
+            pixels = self._pixels(index)
+            drawn = [v.draw(len(index), batch_generator(first)).to(device) for v in self.views]
+            yield as_floats(pixels), *labels, *(v.make(pixels, d) for v, d in zip(self.views, drawn))
+
+    def _training(self) -> Iterator[tuple[Tensor | list[Tensor], ...]]:
         device = self.inputs.device
-        if self.seed is None:
-            block = torch.arange(self.num_samples, device=device)[self.block.start : self.block.stop]
-            yield from map(self._cut, block.split(self.batch_size))
-            return
         key = (self.seed, self.epoch if self.reshuffle else 0)
         order = torch.randperm(self.num_samples, generator=batch_generator(*key))
         parity = torch.rand(self.num_samples, generator=batch_generator(self.seed)) < 0.5
@@ -100,23 +118,42 @@ class BatchLoader:
         epoch, start = self._resumed
         for batch in range(start if epoch == self.epoch else 0, len(self)):
             self._delivered = (self.epoch, batch + 1)
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            mirrored = (parity[index] ^ bool(self.epoch % 2)) if self.flip else None
-            shift = centre = None
-            generator = batch_generator(self.seed, self.epoch, batch) if self.translate or self.cutout else None
-            if self.translate:
-                shift = torch.randint(2 * self.translate + 1, (2, self.batch_size), generator=generator)
-            if self.cutout:
-                centre = torch.randint(32, (2, self.batch_size), generator=generator)
-            drawn = (index, mirrored, shift, centre)
-            yield self._cut(*(None if x is None else move_data_to_device(x[..., mine], device) for x in drawn))
+            index = order[batch * self.batch_size : (batch + 1) * self.batch_size][mine]
+            mirrored = parity[index] ^ bool(self.epoch % 2)
+            index, mirrored = (move_data_to_device(x, device) for x in (index, mirrored))
+            labels = () if self.labels is None else (self.labels[index],)
+            if self.inputs.ndim == 2:
+                yield self.inputs.index_select(0, index), *labels
+                continue
+            generator = batch_generator(self.seed, self.epoch, batch)
+            chosen = index, mirrored if self.flip else None
+            sizes = [self._drawn(view, *chosen, mine, generator) for view in self.views or (None,)]
+            yield sizes[0] if len(sizes) == 1 else sizes, *labels
 
-    def _cut(
+    def _drawn(
+        self, view: Views | None, index: Tensor, mirrored: Tensor | None, mine: slice, generator: torch.Generator
+    ) -> Tensor:
+        """The images `index` (B,), or their views of one size (B · V, 3, S, S): the slice `mine` of what is drawn for
+        the global batch."""
+        count = view.count if view is not None and (self.translate or self.cutout) else 1
+        drawn = [
+            torch.randint(places, (2, count * self.batch_size), generator=generator)[:, scaled(mine, count)]
+            for places in (2 * self.translate + 1, 32 * bool(self.cutout))
+            if places > 1
+        ]
+        if view is not None:
+            drawn.append(view.draw(self.batch_size, generator)[scaled(mine, view.count)])
+        drawn = [move_data_to_device(x, index.device) for x in drawn]
+        shift = drawn.pop(0) if self.translate else None
+        centre = drawn.pop(0) if self.cutout else None
+        repeated = (None if x is None else x.repeat_interleave(count) for x in (index, mirrored))
+        pixels = self._pixels(*repeated, shift, centre)
+        return as_floats(pixels) if view is None else view.make(pixels, *drawn)
+
+    def _pixels(
         self, index: Tensor, mirrored: Tensor | None = None, shift: Tensor | None = None, centre: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor]:
-        labels = () if self.labels is None else (self.labels[index],)
-        if self.inputs.ndim == 2:
-            return self.inputs.index_select(0, index), *labels
+    ) -> Tensor:
+        """(B, 32, 32, 3) uint8."""
         if self.translate:
             pixels = self._crop(index, mirrored, shift)
         else:
@@ -128,7 +165,7 @@ class BatchLoader:
             offset = torch.arange(32, device=index.device) - centre[..., None] + self.cutout // 2
             x, y = (offset >= 0) & (offset < self.cutout)
             pixels = torch.where((y[:, :, None] & x[:, None])[..., None], self._fill, pixels)
-        return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255), *labels
+        return pixels
 
     def _crop(self, index: Tensor, mirrored: Tensor | None, shift: Tensor) -> Tensor:
         """(B, 32, 32, 3) uint8: 32×32 pixels of each padded image, from `shift` (2, B) on, mirrored where told."""
@@ -144,13 +181,27 @@ class BatchLoader:
         return pixels.view(torch.uint8).unflatten(-1, (32, 4))[..., :3]
 
 
-def bytes_needed(inputs: Tensor, labels: Tensor | None, batch_size: int, translate: int) -> int:
+def scaled(part: slice, by: int) -> slice:
+    return slice(part.start * by, part.stop * by)
+
+
+def as_floats(pixels: Tensor) -> Tensor:
+    """(B, 32, 32, 3) uint8 → (B, 3, 32, 32) float32 in [0, 1], channels last in memory."""
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def bytes_needed(
+    inputs: Tensor, labels: Tensor | None, batch_size: int, translate: int, views: Sequence[Views] = ()
+) -> int:
     """What a BatchLoader holds at most: the inputs and labels, what it makes of them, and a batch."""
     held = sum(x.nbytes for x in (inputs, labels) if x is not None)
     if inputs.ndim == 2:
         return held + batch_size * inputs[:1].nbytes
     padded = 4 * len(inputs) * (32 + 2 * translate) ** 2 if translate else 0
-    return held + padded + batch_size * 32 * 32 * (2 * 8 + 2 * 4 + 3 * 3 + 3 * 4)  # places, pixels, bytes, floats
+    # The images as floats, their rows and columns resampled, the colours, and the copy that is delivered.
+    viewed = sum(v.count * 3 * 4 * (2 * 32 * 32 + 32 * v.size + 4 * v.size**2) for v in views)
+    # Places, pixels, bytes, floats.
+    return held + padded + batch_size * (32 * 32 * (2 * 8 + 2 * 4 + 3 * 3 + 3 * 4) + viewed)
 
 
 def _pad(images: Tensor, width: int) -> Tensor:

@@ -1,11 +1,13 @@
 """What the triplets of a batch look like (`measure`), and what is wrong with them (`diagnose`)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_modules.losses import BatchLoss
 from lightning_modules.losses.triplets import active_counts, pair_masks
 
+ALIKE = 1e-3  # share of misordered triplets below which views, in the first epoch, are too easy
 PAIRS = 2**15  # distances that a histogram is made of: those of the batch's first anchors
 
 
@@ -70,8 +72,28 @@ def effective_rank(z: Tensor) -> Tensor:
     return torch.special.entr(shares).sum().exp() * (total > 0)
 
 
-def diagnose(loss: BatchLoss, measured: dict[str, float]) -> dict[str, str]:
-    """What is wrong with a batch: by kind, a sentence that says what to change."""
+@torch.no_grad()
+def view_statistics(features: Tensor) -> dict[str, float]:
+    """What features (2 N, D) of two views of each image, behind each other, look like; no label is asked.
+
+    - view_alignment: mean of ‖x − y‖² over the two views of an image, on the unit sphere; view_uniformity: log of the
+      mean of exp(−2 ‖x − y‖²) over all pairs of images' first views (T. Wang & P. Isola, 2020, equations 2 and 3).
+    - effective_rank: of all features (see `effective_rank`), which tells without labels which of two encoders
+      is better (Q. Garrido et al., "RankMe", 2023).
+    """
+    first, second = F.normalize(features.float(), dim=1).unflatten(0, (-1, 2)).unbind(1)
+    nearness = (4 * (first @ first.T - 1)).exp().fill_diagonal_(0).sum() / max(1, len(first) * (len(first) - 1))
+    return {
+        "view_alignment": float((first - second).square().sum(1).mean()),
+        "view_uniformity": float(nearness.clamp_min(1e-38).log()),
+        "effective_rank": float(effective_rank(features.float())),
+    }
+
+
+def diagnose(
+    loss: BatchLoss, measured: dict[str, float], views: bool = False, first_epoch: bool = False
+) -> dict[str, str]:
+    """What is wrong with a batch: by kind, a sentence that says what to change. `views`: the positives are views."""
     if not measured["triplets"]:
         return {"triplets": "the batch has no triplets (one class, or no class twice): raise data.batch_size"}
     found = collapse(loss, measured)
@@ -82,10 +104,21 @@ def diagnose(loss: BatchLoss, measured: dict[str, float]) -> dict[str, str]:
             " PrototypicalLoss"
         )
     elif not found and measured["misordered"] > 0.35:
+        easier = (
+            "weaken the views (a larger data.crop_scale, less data.color_jitter)"
+            if views
+            else "choose PrototypicalLoss"
+        )
         found["misordered"] = (
             f"{measured['misordered']:.0%} of all triplets have the negative nearer than the positive, where chance"
-            " gives a half: the embeddings hardly tell classes apart; lower model.lr (or raise it, if it is tiny), or"
-            " choose PrototypicalLoss"
+            f" gives a half: the embeddings hardly tell {'images' if views else 'classes'} apart; lower model.lr (or"
+            f" raise it, if it is tiny), or {easier}"
+        )
+    elif not found and views and first_epoch and measured["misordered"] < ALIKE:
+        found["alike"] = (
+            f"in the first epoch already, {1 - measured['misordered']:.2%} of all negatives are farther away than the"
+            " positive: the views of an image are too alike to learn from; strengthen them (data.crop_scale from 0.2"
+            " on, data.color_jitter 0.5, data.greyscale 0.2)"
         )
     return found | out_of_range(loss, measured)
 

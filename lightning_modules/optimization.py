@@ -8,6 +8,7 @@ from torch import nn
 
 from errors import InputError, require
 from lightning_modules.finite_loss import FiniteLoss
+from lightning_modules.muon import Muon
 
 
 class Optimization(FiniteLoss):
@@ -18,23 +19,28 @@ class Optimization(FiniteLoss):
 
     Args:
         lr: learning rate, the peak one for the triangular schedule.
-        optimizer: SGD (with Nesterov momentum where `momentum` > 0), Adam or AdamW.
+        optimizer: SGD (with Nesterov momentum where `momentum` > 0), Adam, AdamW, or Muon for the filters of
+            convolutions and SGD for all else.
         momentum: SGD's momentum.
         weight_decay: the optimiser's, on weights of two or more dimensions.
         schedule: `constant`; `triangular`: linearly up over the share `warmup` of all steps, then down to zero;
             `plateau`: × `plateau_factor` after `plateau_patience` validations without a lower loss.
+        muon_lr: Muon's learning rate; it follows the same schedule.
+        muon_momentum: Muon's.
     """
 
     def __init__(
         self,
         lr: float = 0.1,
-        optimizer: Literal["sgd", "adam", "adamw"] = "sgd",
+        optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         schedule: Literal["constant", "triangular", "plateau"] = "constant",
         warmup: float = 0.2,
         plateau_factor: float = 0.6,
         plateau_patience: int = 20,
+        muon_lr: float = 0.1,
+        muon_momentum: float = 0.6,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["encoder", "loss"])
@@ -44,6 +50,8 @@ class Optimization(FiniteLoss):
         require(0 <= warmup < 1, "model.warmup", warmup, "in [0, 1)")
         require(0 < plateau_factor < 1, "model.plateau_factor", plateau_factor, "in (0, 1)")
         require(plateau_patience >= 0, "model.plateau_patience", plateau_patience, "0 or more")
+        require(muon_lr > 0, "model.muon_lr", muon_lr, "above 0")
+        require(0 <= muon_momentum < 1, "model.muon_momentum", muon_momentum, "in [0, 1)")
         self.lr = lr
         self._offset = 0  # steps by which the first epochs were longer than this fit's, as with another batch size
 
@@ -61,11 +69,17 @@ class Optimization(FiniteLoss):
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.hparams
         groups = [{"lr": self.lr, **group} for group in self.parameter_groups()]
+        if options.optimizer == "muon":
+            filters = [p for group in groups for p in group["params"] if p.ndim == 4]
+            require(filters, "model.optimizer", "muon", "one of the others: nothing here has filters of convolutions")
+            groups = [{**group, "params": [p for p in group["params"] if p.ndim != 4]} for group in groups]
+            plain = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+            groups.append({"params": filters, "lr": options.muon_lr, "muon_momentum": options.muon_momentum, **plain})
         for group in groups:
             group["initial_lr"] = group["lr"]  # saved with the group: a resumed fit compares it with its own
-        if options.optimizer == "sgd":
-            momentum = options.momentum
-            optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=momentum, nesterov=momentum > 0)
+        if options.optimizer in ("sgd", "muon"):
+            momentum, kind = options.momentum, torch.optim.SGD if options.optimizer == "sgd" else Muon
+            optimizer = kind(groups, lr=self.lr, momentum=momentum, nesterov=momentum > 0)
         else:
             kind = torch.optim.Adam if options.optimizer == "adam" else torch.optim.AdamW
             # PyTorch's own eps, 1e-8, is 0 in float16, and 0 / 0 no step.

@@ -83,7 +83,7 @@ class LinearProbeGrid(Probe):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         if not self.searching:
             return super().validation_step(batch, batch_idx)
-        inputs, labels = batch
+        inputs, labels, *_ = batch
         logits = self(inputs)
         right = (logits.argmax(2) == labels[:, None]).sum(0)
         self.found.update(torch.cat([right, _losses(logits, labels).sum(0)]), len(labels))

@@ -1,5 +1,6 @@
 """What every stage shares: its steps, its means, and what its checkpoint says of itself."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -7,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from errors import InputError, require
+from errors import InputError, first_line, require
 from lightning_modules.distributed import share_batch_norm
 from lightning_modules.identity import agree, check_shapes
 from lightning_modules.means import Mean
 from lightning_modules.optimization import Optimization
 
-Batch = tuple[Tensor, Tensor]
+# Images (B, 3, 32, 32), in training (B · V, 3, S, S) or a list of such for several sizes of views; labels (B,). In an
+# evaluation of views, two of each image (2 B, 3, S, S) too.
+Batch = tuple[Tensor | list[Tensor], Tensor] | tuple[Tensor, Tensor, Tensor]
 
 
 class Stage(Optimization):
@@ -38,6 +41,8 @@ class Stage(Optimization):
         )
         self._kept_means: dict[str, list[Tensor]] = {}  # those of an epoch that a checkpoint was saved in
         self._announced = True  # whether Lightning knows of this epoch's training means
+
+    accuracy_name = "accuracy"  # as it is logged
 
     def in_float32(self) -> AbstractContextManager:
         """What classifiers compute logits in: no autocast in evaluation, whose figures are published."""
@@ -76,6 +81,8 @@ class Stage(Optimization):
         self.class_names = datamodule.class_names
         if stage == "fit":
             self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
+            for view in datamodule.views:
+                takes_size(getattr(self, "encoder", self), view.size)
             self.initialize(datamodule.split("train").images)
             share_batch_norm(self)
 
@@ -96,8 +103,9 @@ class Stage(Optimization):
             torch.get_device_module(self.device).manual_seed(self.step_seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        images, labels = batch
-        output = self(images)
+        views, labels = batch
+        output = of_views(self, views, len(labels))
+        labels = labels.repeat_interleave(len(output) // len(labels))
         loss = self.loss(output, labels)
         self.record("train", batch_idx, loss, self.predicted_classes(output.detach()) == labels)
         return {"loss": loss + self.l2_penalty(), "logged_loss": loss.detach()}
@@ -109,7 +117,7 @@ class Stage(Optimization):
         return self.evaluation_step("test", batch, batch_idx)
 
     def evaluation_step(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        images, labels = batch
+        images, labels, *_ = batch
         output = self(images)
         self.record(split, batch_idx, self.loss(output, labels), self.predicted_classes(output) == labels)
         return {"output": output}
@@ -130,8 +138,8 @@ class Stage(Optimization):
         # more than a probe's whole step. (A run resumed inside an epoch does not start at batch 0.)
         if batch_idx == 0 or not self._announced:
             self._announced = True
-            for name in names:
-                self.log(name, self.means[name], on_step=False, on_epoch=True, prog_bar=True, batch_size=images)
+            for name, shown in zip(names, (names[0], f"{split}/{self.accuracy_name}")):
+                self.log(shown, self.means[name], on_step=False, on_epoch=True, prog_bar=True, batch_size=images)
 
     def l2_penalty(self) -> Tensor | float:
         """½λ‖W‖² of `l2_lambda`."""
@@ -185,3 +193,30 @@ class Stage(Optimization):
         self.load_state_dict(checkpoint["state_dict"])
         self.class_names = checkpoint["stage"].get("class_names")
         self.eval()
+
+
+def of_views(network: Callable[[Tensor], Tensor], views: Tensor | list[Tensor], images: int) -> Tensor:
+    """What `network` gives for a batch's views of so many `images`: (B · V, …), an image's views behind each other.
+
+    Views of several sizes take a pass each, the first size the last one: a BatchNorm with a large momentum remembers
+    mostly that.
+    """
+    if isinstance(views, Tensor):
+        return network(views)
+    found = [network(x).unflatten(0, (images, -1)) for x in reversed(views)]
+    return torch.cat(found[::-1], dim=1).flatten(0, 1)
+
+
+def takes_size(network: nn.Module, size: int) -> None:
+    """Raises InputError where `network` does not take images of that side."""
+    if size == 32:
+        return
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
+    except RuntimeError as error:
+        name = type(network).__name__
+        raise InputError(f"data.small_size {size}: {name} does not take such images ({first_line(error)})") from error
+    finally:
+        network.train(training)

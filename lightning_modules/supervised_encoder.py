@@ -38,7 +38,7 @@ class SupervisedEncoder(EncoderStage):
         return F.cross_entropy(output, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
 
     def evaluation_step(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        images, labels = batch
+        images, labels, *_ = batch
         output = self(images, shifted=split == "test")
         self.record(split, batch_idx, self.loss(output, labels), self.predicted_classes(output) == labels)
         if self.trainer.state.fn == "validate":

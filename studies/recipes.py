@@ -2,10 +2,12 @@
 
     python -m studies.recipes losses --data-dir data                 # every loss × mining at 4 epochs, three rates
     python -m studies.recipes temperature batch --seeds 2
+    python -m studies.recipes label_free_views --epochs 2
     python -m studies.recipes losses --out studies/losses            # fits that its fits.json has are not done again
 
-Each setting of recipes.yaml is a fit of configs/triplet_encoder.yaml with its options, then a linear probe. A row has
-the probe's best validation accuracy for each seed, the encoder's mean seconds, and what MiningMonitor warned of.
+Each setting of recipes.yaml is a fit of configs/triplet_encoder.yaml with its options, then a linear probe. A study
+whose name begins with label_free changes configs/label_free_encoder.yaml. A row has the probe's best validation
+accuracy for each seed, the encoder's mean seconds, and what MiningMonitor warned of.
 """
 
 import argparse
@@ -33,26 +35,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipes"), help="(default: %(default)s)")
 
 
-def fitted(options: argparse.Namespace, given: list[str], seed: int, runs: Path) -> dict:
+def fitted(options: argparse.Namespace, config: str, given: list[str], seed: int, runs: Path) -> dict:
     """Fits encoder and probe; the probe's best validation accuracy, the encoder's seconds, and what was warned of."""
     shared, start = ["--quiet", f"--seed_everything={seed}"], time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fit(options, "triplet_encoder", runs, *shared, f"--trainer.max_epochs={options.epochs}", *given)
+            encoder = fit(options, config, runs, *shared, f"--trainer.max_epochs={options.epochs}", *given)
         except InputError as error:  # where the learning rate is too high for a loss
             return {"val_accuracy": math.nan, "seconds": time.monotonic() - start, "said": [str(error)]}
         seconds = time.monotonic() - start
     said = [str(w.message) for w in caught if str(w.message).startswith("step ")]
-    best = fit(options, "linear_probe", runs, *shared).trainer.checkpoint_callback.best_model_score
+    given = f"--frozen_encoder.run={encoder.run.folder}"
+    best = fit(options, "linear_probe", runs, *shared, given).trainer.checkpoint_callback.best_model_score
     return {"val_accuracy": float(best), "seconds": seconds, "said": said}
 
 
-def compared(fits: Fits, options: argparse.Namespace, given: list[str]) -> dict:
+def compared(fits: Fits, options: argparse.Namespace, config: str, given: list[str]) -> dict:
     """The columns of a setting, after those of its fits that are missing."""
-    key = f"{' '.join(given) or 'default'} | {options.epochs} epochs | seed"
+    name = " ".join(given) or "default"
+    key = f"{name if config == 'triplet_encoder' else f'{config}, {name}'} | {options.epochs} epochs | seed"
     seeds = range(options.seeds)
-    done = [fits.get(f"{key} {seed}", lambda runs: fitted(options, given, seed, runs)) for seed in seeds]
+    done = [fits.get(f"{key} {seed}", lambda runs: fitted(options, config, given, seed, runs)) for seed in seeds]
     accuracies = [found["val_accuracy"] for found in done]
     means = {"mean": statistics.fmean(accuracies), "seconds": statistics.fmean(found["seconds"] for found in done)}
     warned = " / ".join(said for found in done for said in found["said"]) or None
@@ -62,11 +66,12 @@ def compared(fits: Fits, options: argparse.Namespace, given: list[str]) -> dict:
 def rows(options: argparse.Namespace) -> Rows:
     fits, found = Fits(options), []
     for study in options.studies:
+        config = "label_free_encoder" if study.startswith("label_free") else "triplet_encoder"
         for rate in options.rates or ([0.1, 0.5, 0.02] if study == "losses" else [None]):
             for name, changes in STUDIES[study].items():
                 given = changes.split() + ([] if rate is None else [f"--model.lr={rate}"])
                 row = {"study": study, "name": name, "lr": rate or "as configured"}
-                found.append(row | compared(fits, options, given))
+                found.append(row | compared(fits, options, config, given))
     return found
 
 

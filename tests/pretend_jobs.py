@@ -27,6 +27,7 @@ AUGMENTED = ["--data.translate=4", "--data.cutout=12", "--model.encoder.init_arg
 STAGES = {
     "triplet_encoder": [SMALL],
     "supervised_encoder": [SMALL, *AUGMENTED],
+    "label_free_encoder": [SMALL],
     "softmax_regression": ["--data.flip=true", "--data.translate=0"],
     "logistic_regression": ["--data.classes=[0,1]", "--data.batch_size=20"],
     "linear_probe": [],

@@ -104,14 +104,17 @@ def test_the_kept_fits_are_those_of_the_settings():
     recipes = importlib.import_module("studies.recipes")
     kept = {
         folder: json.loads((ROOT / "studies" / folder / "fits.json").read_text(encoding="utf-8"))
-        for folder in ("losses", "recipes")
+        for folder in ("losses", "recipes", "label_free")
     }
     for study, settings in recipes.STUDIES.items():
+        free = study.startswith("label_free")
         for changes in settings.values():
             for rate in [0.1, 0.5, 0.02] if study == "losses" else [None]:
                 given = changes.split() + ([] if rate is None else [f"--model.lr={rate}"])
-                key = f"{' '.join(given) or 'default'} | 4 epochs | seed 0"
-                assert key in kept["losses" if study == "losses" else "recipes"], key
+                name = " ".join(given) or "default"
+                key = f"label_free_encoder, {name} | 2 epochs" if free else f"{name} | 4 epochs"
+                folder = "label_free" if free else "losses" if study == "losses" else "recipes"
+                assert f"{key} | seed 0" in kept[folder], key
 
 
 def test_a_study_called_again_fits_nothing_anew(tmp_path, common, monkeypatch):

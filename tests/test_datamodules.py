@@ -69,6 +69,8 @@ def test_every_data_set_has_the_shared_options_with_help_and_its_own_defaults(na
 def test_all_options_are_recorded():
     given = {"classes": [3, 1], "batch_size": 64}
     expected = {"val_size": 360, "split_seed": 0, "flip": False, "translate": 2, "cutout": 0}
+    expected |= {"views": 1, "crop_scale": None, "color_jitter": 0.0, "greyscale": 0.0}
+    expected |= {"small_views": 0, "small_size": 16, "small_scale": [0.08, 0.4]}
     assert dict(DigitsDataModule(**given).hparams) == {**expected, **given}
     assert CIFAR10DataModule().hparams.keys() >= {*SHARED, "root", "dataset"}
 

@@ -50,7 +50,7 @@ def test_the_most_confident_errors_stand_beside_the_nearest_training_images(run,
     ]
     run("fit", *small, "--pictures=false")
     drawn = []
-    monkeypatch.setattr(inspection, "draw_gallery", lambda rows: drawn.append(rows) or Figure())
+    monkeypatch.setattr(inspection, "draw_gallery", lambda rows, title: drawn.append(rows) or Figure())
     for command, split in (("validate", "val"), ("test", "test")):
         cli = run(command, *small, "--ckpt_path=best")
         folder = tmp_path / "runs" / "supervised_encoder" / "version_0" / f"{command}_0"
@@ -105,7 +105,7 @@ def test_whatever_classes_are_called_figures_name_them_without_a_word(tmp_path, 
         "confusion": figures.draw_confusion(labels, labels, ODD_NAMES),
         "pca": figures.draw_pca(points, labels, ODD_NAMES),
         "tsne": figures.draw_tsne({"after": points}, labels, ODD_NAMES),
-        "errors": figures.draw_gallery(gallery),
+        "errors": figures.draw_gallery(gallery, "errors"),
     }
     for name, figure in drawn.items():
         figures.save(trainer, figure, file=f"{name}.png")  # a warning is an error

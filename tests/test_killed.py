@@ -18,7 +18,7 @@ from errors import InputError
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
 CONFIGS = ROOT / "configs"
-STAGES = ("softmax_regression", "triplet_encoder", "linear_probe", "mlp_probe", "fine_tune")
+STAGES = ("softmax_regression", "triplet_encoder", "linear_probe", "mlp_probe", "fine_tune", "label_free_encoder")
 EPOCHS, STEPS_PER_EPOCH = 3, 8
 
 
@@ -27,6 +27,8 @@ def arguments(stage, runs, *more):
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
     often = ["--last_checkpoint.every_n_steps=3"]
     special = ["--model.dropout=0.3"] if stage == "mlp_probe" else []
+    if stage == "label_free_encoder":
+        special = ["--model.encoder.init_args.widths=[8,8,16]"]
     start = {"linear_probe": "triplet_encoder", "mlp_probe": "triplet_encoder", "fine_tune": "linear_probe"}.get(stage)
     special += [f"--frozen_encoder.run={runs.parent / 'start' / start / 'version_0'}"] if start else []
     config = ["--config", str(CONFIGS / f"{stage}.yaml")]
@@ -124,7 +126,8 @@ def killed_and_resumed(whole, stage, phase, step, devices, log):
 @pytest.mark.parametrize(
     "stage, phase, step",
     [("triplet_encoder", "backward", 0), ("triplet_encoder", "step", 13), ("triplet_encoder", "validation", 8),
-     ("triplet_encoder", "checkpoint", 12), ("fine_tune", "epoch_end", 16), ("mlp_probe", "step", 5)],
+     ("triplet_encoder", "checkpoint", 12), ("fine_tune", "epoch_end", 16), ("mlp_probe", "step", 5),
+     ("label_free_encoder", "step", 14)],
 )  # fmt: skip
 def test_killed_fit_ends_as_if_not_killed(tmp_path, whole, stage, phase, step):
     assert not killed_and_resumed(whole, stage, phase, step, 1, tmp_path / "log")

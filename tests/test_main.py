@@ -39,17 +39,25 @@ def test_shipped_config_fits_and_tests(tmp_path, config):
     names = {p.name for p in fitted}
     assert {"config.yaml", "metrics.csv", "curves.png", "finished.json", "last.ckpt", "step0.ckpt"} <= names
     assert ("tsne.png" in names) == config.endswith("encoder")
+    assert ("views.png" in names) == (config == "label_free_encoder")
     note = json.loads((run / "finished.json").read_text())
     assert note["steps"] == 2 and 100 < note["peak_memory_mib"]["main memory"] < 100_000
 
     cli = shipped(tmp_path, "test", config, "--ckpt_path=best")
-    assert 0 <= float(cli.trainer.callback_metrics["test/accuracy"]) <= 1
+    name = "test/view_accuracy" if config == "label_free_encoder" else "test/accuracy"
+    assert 0 <= float(cli.trainer.callback_metrics[name]) <= 1
     assert {p: p.read_bytes() for p in fitted} == fitted  # test overwrites nothing of fit
     assert {p.name for p in (run / "test_0").iterdir()} >= {"config.yaml"}
 
 
 def test_all_stages_have_a_config():
-    assert set(STAGES) == {"logistic_regression", "softmax_regression", "supervised_encoder", *PROBES}
+    assert set(STAGES) == {
+        "logistic_regression",
+        "softmax_regression",
+        "supervised_encoder",
+        "label_free_encoder",
+        *PROBES,
+    }
 
 
 @pytest.mark.parametrize("config", LARGER)

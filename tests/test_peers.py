@@ -1,8 +1,9 @@
-"""The same numbers as pytorch-metric-learning's and scikit-learn's, on the same embeddings."""
+"""The same numbers as pytorch-metric-learning's, lightly's and scikit-learn's, on the same embeddings."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightly.loss import NTXentLoss
 from pytorch_metric_learning import distances, miners
 from pytorch_metric_learning import losses as peers
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
@@ -62,6 +63,17 @@ def test_batch_hard_triplets():
     active = distance[triplets[0], triplets[1]] - distance[triplets[0], triplets[2]] + MARGIN > 0
     assert active.all()  # so that the peer's mean over the losses above 0 is ours over all anchors
     assert_same(losses.TripletMarginLoss("hard", MARGIN, SPHERE), lambda z, y: loss(z, y, miner(z, y)))
+
+
+def test_supcon_of_two_views_is_ntxent():
+    z = torch.randn(48, 2, 16, generator=torch.Generator().manual_seed(0))
+    ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    one = losses.SupConLoss(0.2)(ours.flatten(0, 1), torch.arange(48).repeat_interleave(2))
+    two = NTXentLoss(0.2)(theirs[:, 0], theirs[:, 1])
+    for value in (one, two):
+        value.backward()
+    torch.testing.assert_close(one, two)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_supcon():

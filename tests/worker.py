@@ -40,6 +40,7 @@ DISTANCES = {
 LOSSES = {
     "multi-negative": MultiNegativeLoss,
     "SupCon": SupConLoss,
+    "decoupled SupCon": lambda: SupConLoss(decoupled=True),
     "pairwise": PairwiseContrastiveLoss,
     "prototypical": PrototypicalLoss,
     "LMNN": LMNNLoss,
@@ -59,6 +60,9 @@ LOSSES = {
 }
 
 
+VIEWS = {"views": 2, "crop_scale": [0.3, 1.0], "color_jitter": 0.5, "greyscale": 0.2, "small_views": 2}
+
+
 class LastLoss(Callback):
     """Keeps the loss of the last step."""
 
@@ -66,17 +70,18 @@ class LastLoss(Callback):
         self.loss = outputs["loss"]
 
 
-def fit(loss, precision: str, steps: int, lr: float = 0.02, **options) -> dict:
+def fit(loss, precision: str, steps: int, lr: float = 0.02, views: dict | None = None, **options) -> dict:
     """The last step's loss, and all weights and buffers, after `steps` steps of SGD on augmented digits."""
     seed_everything(1, verbose=False)  # not torch.manual_seed: N processes seed again from what the environment says
-    model = TripletEncoder(FastEncoder([8, 8, 8]), loss(), z_dim=8, lr=lr, momentum=0.0, **options)
+    options = {"momentum": 0.0, "z_dim": 8, "lr": lr} | options
+    model = TripletEncoder(FastEncoder([8, 8, 8]), loss(), **options)
     last = LastLoss()
     trainer = Trainer(
         max_steps=steps, callbacks=[last], limit_val_batches=0, precision=precision, accelerator="cpu", logger=False,
         devices=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(model, datamodule=DigitsDataModule(batch_size=64, flip=True, translate=2))
+    trainer.fit(model, datamodule=DigitsDataModule(batch_size=64, flip=True, translate=2, **(views or {})))
     return {"loss": last.loss, **model.state_dict()}
 
 
@@ -103,6 +108,9 @@ def main(file: str) -> None:
     for name in ("multi-negative", "prototypical", "margin, all, Euclidean on the sphere"):
         # At a low rate: at 0.02, rounding grows so fast in float32 that 1 and 2 threads of one process differ as much.
         found[f"{name}, float32"] = fit(LOSSES[name], "32-true", 20, lr=1e-4)
+    for name in ("decoupled SupCon", "prototypical", "margin, random, Euclidean"):
+        options = {"positives": "view", "z_hidden": 16, "optimizer": "muon", "momentum": 0.9}
+        found[f"{name}, views"] = fit(LOSSES[name], "64-true", 3, views=VIEWS, **options)
     found["BatchNorm"] = bare_batch_norm()
     found["multi-negative, local"] = fit(MultiNegativeLoss, "64-true", 1, global_mining=False)
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:

@@ -1,5 +1,7 @@
 """The default encoder: a small network that trains in minutes, and how it starts."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ class FastEncoder(Encoder):
 
     The layers follow airbench94 (K. Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", 2024): 2×2 patch
     whitening (section 3.2, after T. Page's ResNet-on-CIFAR-10 studies), convolutions started as partial identities
-    (3.3), BatchNorm without scale. A last max-pool over the remaining 3×3 positions gives `widths[-1]` features.
+    (3.3), BatchNorm without scale. A last pooling over the remaining 3×3 positions gives `widths[-1]` features.
 
     Args:
         widths: output channels of the three blocks.
@@ -21,14 +23,22 @@ class FastEncoder(Encoder):
             whitening does not blow up directions that hardly vary.
         residual: a third conv-BN in every block, the last two bridged by a shortcut before the last GELU (airbench96,
             section 4 of the same paper).
+        pooling: max or mean: what the last pooling takes.
     """
 
-    def __init__(self, widths: list[int] = [32, 64, 256], whitening_eps: float = 1e-2, residual: bool = False) -> None:
+    def __init__(
+        self,
+        widths: list[int] = [32, 64, 256],
+        whitening_eps: float = 1e-2,
+        residual: bool = False,
+        pooling: Literal["max", "mean"] = "max",
+    ) -> None:
         super().__init__()
         require(len(widths) == 3, "FastEncoder widths", widths, "the widths of three blocks, e.g. [32, 64, 256]")
         require(min(widths) >= 1, "encoder widths", widths, "at least 1 each")
         require(whitening_eps > 0, "FastEncoder whitening_eps", whitening_eps, "above 0")
-        self.feature_dim, self.whitening_eps = widths[-1], whitening_eps
+        require(pooling in ("max", "mean"), "FastEncoder pooling", pooling, "max or mean")
+        self.feature_dim, self.whitening_eps, self.pooling = widths[-1], whitening_eps, pooling
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
@@ -47,7 +57,8 @@ class FastEncoder(Encoder):
 
     def features(self, images: Tensor) -> Tensor:
         # Not AdaptiveMaxPool2d, whose gradient no GPU computes deterministically.
-        return self.blocks(self.gelu(self.whiten(images))).flatten(2).max(2).values
+        places = self.blocks(self.gelu(self.whiten(images))).flatten(2)
+        return places.mean(2) if self.pooling == "mean" else places.max(2).values
 
 
 class GELU(nn.Module):

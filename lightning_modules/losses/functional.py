@@ -100,25 +100,34 @@ def multi_negative_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor
     return total / pairs.clamp_min(1)
 
 
-def supcon_loss(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def supcon_loss(z: Tensor, labels: Tensor, temperature: float, decoupled: bool = False) -> Tensor:
     """Mean over anchors of −1/|P(a)| Σ_p log(exp(s_ap / τ) / Σ_{k ≠ a} exp(s_ak / τ)), s the cosine similarity.
 
     The paper's L_out, whose mean over the positives stands outside the logarithm (P. Khosla et al., "Supervised
-    Contrastive Learning", 2020, equation 2). `z` (B, D), `labels` (B,); anchors without a positive are left out.
+    Contrastive Learning", 2020, equation 2). For labels that number images and two views of each it is NT-Xent (T. Chen
+    et al., 2020, equation 1). `decoupled`: the sum is over the anchor's negatives alone (C.-H. Yeh et al., "Decoupled
+    Contrastive Learning", 2022, equation 6), which also can be below 0. `z` (B, D), `labels` (B,); anchors without a
+    positive are left out, and without a negative where these alone are summed.
     """
     z = unit(z)
     members, one_hot, sizes = _classes(z, labels)
     positives = (sizes - 1)[members]
+    anchors = positives > 0
+    if decoupled:
+        anchors = anchors & (positives < len(z) - 1)
     # The sum over positives of s_ap needs no matrix: it is zₐ · (sum of its class − zₐ).
     attraction = (z * (one_hot.T @ (one_hot @ z) - z)).sum(1) / (positives.clamp_min(1) * temperature)
 
     def terms(z: Tensor, block: slice) -> tuple[Tensor, ...]:
         logits = z[block] @ z.T / temperature
+        there = anchors[block]
+        if decoupled:  # an anchor without negatives is left out; an empty sum's gradient would be NaN
+            logits = logits.masked_fill((labels[block, None] == labels) & there[:, None], float("-inf"))
         logits.diagonal(block.start).fill_(float("-inf"))
-        return ((logits.logsumexp(1) - attraction[block]).where(positives[block] > 0, 0).sum(),)
+        return ((logits.logsumexp(1) - attraction[block]).where(there, 0).sum(),)
 
     (total,) = _summed(terms, z)
-    return total / (positives > 0).sum().clamp_min(1)
+    return total / anchors.sum().clamp_min(1)
 
 
 def prototypical_loss(z: Tensor, labels: Tensor, temperature: float, label_smoothing: float = 0.0) -> Tensor:

@@ -119,10 +119,18 @@ class MultiNegativeLoss(_TemperatureLoss):
 
 
 class SupConLoss(_TemperatureLoss):
-    """Supervised contrastive loss, see `supcon_loss`."""
+    """Supervised contrastive loss, see `supcon_loss`; where the labels are numbers of images, the NT-Xent of views.
+
+    Args:
+        decoupled: an anchor's positives do not stand among what they are compared with.
+    """
+
+    def __init__(self, temperature: float = 0.1, decoupled: bool = False) -> None:
+        super().__init__(temperature)
+        self.decoupled = decoupled
 
     def forward(self, z: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return functional.supcon_loss(z, labels, self.temperature)
+        return functional.supcon_loss(z, labels, self.temperature, self.decoupled)
 
 
 class PrototypicalLoss(_TemperatureLoss):
