@@ -167,6 +167,8 @@ def draw_tsne(found: dict[str, Tensor], labels: Tensor, names: list[str]) -> Fig
 
 def _scatter(axes: Axes, points: Tensor, labels: Tensor, names: list[str], legend: bool = True) -> None:
     """Points (N, 2) with a colour and marker for each class; of very many classes, the last ones are grey."""
+    if not names:  # images without labels
+        axes.scatter(*points.T.numpy(), s=5, color=COLOURS[0])
     own = names if len(names) <= NUMBERED else names[: NUMBERED - 1]
     for c, name in enumerate(own):
         style = {"color": COLOURS[c % 10], "marker": "o^"[c // 10]}
@@ -176,7 +178,7 @@ def _scatter(axes: Axes, points: Tensor, labels: Tensor, names: list[str], legen
         rest = points[labels >= len(own)].T.numpy()
         axes.scatter(*rest, s=5, color="0.8", zorder=0, label=f"{len(names) - len(own)} other classes")
     axes.set(xticks=[], yticks=[])
-    if legend:
+    if legend and names:
         axes.legend(markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
 
 

@@ -29,13 +29,20 @@ class FrozenEncoder(Callback):
         cache: compute features once; false: in every step, with bit-identical results in float32.
         encoder_module: the Python module of an encoder class of your own. A checkpoint names its class and imports
             nothing.
+        other_data: allow an encoder that was trained on other images, labels or classes; a line reports it. One that
+            has seen the probe's validation images is refused always.
     """
 
     def __init__(
-        self, run: str | None = None, cache: bool = True, encoder_module: str | None = None, runs: str | None = None
+        self,
+        run: str | None = None,
+        cache: bool = True,
+        encoder_module: str | None = None,
+        runs: str | None = None,
+        other_data: bool = False,
     ) -> None:
         import_encoder_module("frozen_encoder.encoder_module", encoder_module)
-        self.run, self.cache, self.runs = run, cache, Path(runs or "runs")
+        self.run, self.cache, self.runs, self.other_data = run, cache, Path(runs or "runs"), other_data
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Probe):
@@ -52,7 +59,9 @@ class FrozenEncoder(Callback):
         path = resolve_checkpoint(self.run, newest) if self.run else Run.newest(newest).best()
         checkpoint = load_checkpoint(path)
         encoder = encoder_from_checkpoint(path, checkpoint).to(trainer.strategy.root_device)
-        _check_data(path, checkpoint, trainer.datamodule)
+        other = check_data(path, checkpoint, trainer.datamodule, self.other_data)
+        if other and trainer.is_global_zero:
+            print(f"frozen_encoder.other_data: {path} has an encoder {other}")
         pl_module.adopt(encoder, checkpoint)
         # Lightning casts the whole stage later: the features are those of the weights that validate and test read.
         trainer.precision_plugin.convert_module(encoder)
@@ -63,24 +72,35 @@ class FrozenEncoder(Callback):
             trainer.datamodule.cache_features(dict(zip(("train", "val"), features)))
 
 
-def _check_data(path: Path, checkpoint: dict, datamodule: LightningDataModule) -> None:
-    """Raises InputError unless the encoder was trained on the classes and the split that the probe is trained on."""
-    stage, data = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
-    names, own = stage.get("class_names"), datamodule.fingerprint
-    if names != datamodule.class_names:
-        wanted = f"this command's are {datamodule.class_names}; give the same data"
-        raise InputError(f"{path}: an encoder of the classes {names}; {wanted}")
-    if data.get("train_sha256") != own["train_sha256"]:
-        raise InputError(f"{path}: the encoder was trained on other images than this command's; give it the same data")
-    if data != own:
-        if data.keys() != own.keys() or not all(type(data[k]) is int for k in ("val_size", "split_seed")):
-            raise InputError(f"{path}: does not say which images the encoder was trained on; fit it again")
-        split = f"data.val_size {data['val_size']} and data.split_seed {data['split_seed']}"
-        seen = datamodule.seen_in_validation(data["val_size"], data["split_seed"])
+def check_data(path: Path, checkpoint: dict[str, Any], data: LightningDataModule, other_data: bool) -> str:
+    """What other classes, images or labels than those of `data` the encoder was trained on; '' for none.
+
+    Raises InputError where there are such and `other_data` is false, or where the encoder has seen validation images of
+    `data`. Labels count only where the encoder has used them.
+    """
+    stage, its = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
+    names, own, other = stage.get("class_names"), data.fingerprint, []
+    if names and data.class_names and names != data.class_names:
+        other.append(f"of the classes {names}, where this command's are {data.class_names}")
+    if its.get("pixels_sha256") != own["pixels_sha256"]:
+        other.append("trained on other images than this command's")
+    elif stage.get("positives") != "view" and its.get("labels_sha256") != own["labels_sha256"] and data.labelled:
+        other.append("trained on the same images with other labels")
+    if other and not other_data:
+        hint = "give the same data, or --frozen_encoder.other_data true"
+        raise InputError(f"{path}: an encoder {' and '.join(other)}; {hint}")
+    if all(its.get(name) == own[name] for name in ("pixels_sha256", "val_size", "split_seed")):
+        return " and ".join(other)
+    seen = checkpoint.get("seen_images")
+    if not (isinstance(seen, torch.Tensor) and seen.dtype == torch.int64 and seen.ndim == 1):
+        raise InputError(f"{path}: does not say which images the encoder was trained on; fit it again")
+    if count := data.seen_in_validation(seen):
+        split = f"data.val_size {its.get('val_size')} and data.split_seed {its.get('split_seed')}"
         raise InputError(
-            f"{path}: the encoder was trained with {split} and has seen {seen} of this command's validation images;"
+            f"{path}: the encoder was trained with {split} and has seen {count} of this command's validation images;"
             " give the same split, or fit the encoder again"
         )
+    return " and ".join(other)
 
 
 def import_encoder_module(option: str, module: str | None) -> None:

@@ -73,17 +73,19 @@ class RetrievalMonitor(Callback):
         chosen = torch.arange(min(self.queries, images), device=labels.device) * images // min(self.queries, images)
         chosen = chosen[(chosen >= block.start) & (chosen < block.start + len(queries))] - block.start
         queries, labels, views = queries[chosen].float(), labels[chosen], views[chosen]
+        metrics = {}
         if trainer.world_size > 1:
             bank, bank_labels = (pl_module.all_gather(x).flatten(0, 1) for x in (bank, bank_labels))
-        options = pl_module.num_classes, pl_module.knn_k, pl_module.knn_temperature
-        found = retrieval_statistics(queries, labels, bank.float(), bank_labels, *options)
-        mean = Mean(len(STATISTICS)).to(pl_module.device)
-        mean.update(found.sum(0), len(found))
-        metrics = retrieval_metrics(mean.compute())
+        if trainer.datamodule.labelled:
+            options = pl_module.num_classes, pl_module.knn_k, pl_module.knn_temperature
+            found = retrieval_statistics(queries, labels, bank.float(), bank_labels, *options)
+            mean = Mean(len(STATISTICS)).to(pl_module.device)
+            mean.update(found.sum(0), len(found))
+            metrics = retrieval_metrics(mean.compute())
+            pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
         if pl_module.positives == "view":
             everyones = [x for x in gather_objects(views.flatten(0, 1).cpu()) if len(x)]
             metrics |= view_statistics(torch.cat(everyones))
-        pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
         pl_module.log_dict({f"val_sample/{name}": value for name, value in metrics.items()}, sync_dist=True)
         if self.pictures and trainer.loggers and trainer.is_global_zero:
             self._undrawn = queries, labels

@@ -47,8 +47,9 @@ class TSNE(Callback):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         # An image takes up to six milliseconds: two layouts, and two passes through the network.
         samples = self.samples or max(100, min(1000, int(1.5 * (time.monotonic() - self._began))))
-        share = -(-samples // pl_module.num_classes)
-        index = torch.cat([order[labels[order] == c][:share] for c in range(pl_module.num_classes)])[:samples]
+        classes = labels.unique()
+        share = -(-samples // len(classes))
+        index = torch.cat([order[labels[order] == c][:share] for c in classes])[:samples]
         images, labels = images[index].cpu(), labels[index].cpu()
         loader, encoder = trainer.datamodule.evaluation_loader("train", index), copy.deepcopy(pl_module.encoder).eval()
         with trainer.precision_plugin.forward_context():
@@ -69,7 +70,7 @@ class TSNE(Callback):
 def project(trainer: Trainer, features: Tensor, images: Tensor, labels: Tensor, names: list[str]) -> None:
     """Adds features (N, D) of images (N, 32, 32, 3) uint8 with labels (N,) to TensorBoard's projector."""
     nearest = nearest_labels(features, labels, 0, len(labels))
-    names = [" ".join(name.split()) for name in names]  # a row is a line, its cells are divided by tabs
+    names = [" ".join(name.split()) for name in names or ["–"]]  # a row is a line, its cells are divided by tabs
     rows = [(names[own], names[other]) for own, other in zip(labels.tolist(), nearest.tolist())]
     pixels, head = images.permute(0, 3, 1, 2).float() / 255, ["class", "nearest neighbour's class"]
     for logger in tensorboards(trainer):

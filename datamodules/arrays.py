@@ -22,8 +22,9 @@ class ImageSet(NamedTuple):
     labels: Tensor | None
 
 
-def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> ImageSet:
-    """Reads `images` (N, 32, 32, 3) uint8 and `labels` (N,) integers in [0, num_classes) from an .npz file.
+def read_npz(path: Path, num_classes: int) -> ImageSet:
+    """Reads `images` (N, 32, 32, 3) uint8 and, if there are any, `labels` (N,) integers in [0, num_classes) of an .npz
+    file.
 
     Raises InputError where the file is missing, damaged, pickled, claims more than it can hold, or holds anything else.
     """
@@ -31,7 +32,7 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
         expected = "an .npz with images (N, 32, 32, 3) uint8 and labels (N,)"
         raise InputError(f"{path}: no such file, or not readable; give {expected}")
     try:
-        arrays = _arrays(path, ("images", "labels") if labels_required else ("images",))
+        arrays = _arrays(path)
     except InputError:
         raise
     except Exception as error:  # zipfile and NumPy raise a dozen kinds, down to struct.error and SyntaxError
@@ -60,32 +61,25 @@ def read_npz(path: Path, num_classes: int, labels_required: bool = True) -> Imag
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
 
 
-def images_sha256(images: ImageSet) -> str:
-    """Digest of all pixels and labels, in order."""
-    digest = hashlib.sha256(np.ascontiguousarray(images.images.numpy()))
-    digest.update(np.ascontiguousarray(images.labels.numpy()))
-    return digest.hexdigest()
+def sha256(array: Tensor) -> str:
+    """Digest of all numbers, in order."""
+    return hashlib.sha256(np.ascontiguousarray(array.numpy())).hexdigest()
 
 
-def stratified_split(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Splits indices into (rest, held_out) with `size` held out, each class in proportion (largest remainder).
+def image_digests(images: Tensor) -> Tensor:
+    """(N, 32, 32, 3) uint8 → (N,) int64, by which an image is known again in any file: eight bytes of its BLAKE2."""
+    digests = b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in np.ascontiguousarray(images.numpy()))
+    return torch.frombuffer(bytearray(digests), dtype=torch.int64)
 
-    `labels` (N,) int64. Both index tensors are sorted; the same labels, size and seed give the same split.
-    Raises InputError unless 0 < size < N.
+
+def random_split(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Splits `count` indices into (rest, held_out) with `size` held out, at random; both sorted.
+
+    Raises InputError unless 0 < size < count.
     """
-    room = f"1..{len(labels) - 1}: there are {len(labels)} training images"
-    require(0 < size < len(labels), "data.val_size", size, room)
-    generator = torch.Generator().manual_seed(seed)
-    members = [(labels == c).nonzero().flatten() for c in labels.unique()]
-    exact = [len(m) * size / len(labels) for m in members]
-    counts = [int(share) for share in exact]
-    by_remainder = sorted(range(len(members)), key=lambda i: counts[i] - exact[i])
-    for i in by_remainder[: size - sum(counts)]:
-        counts[i] += 1
-    shuffled = (m[torch.randperm(len(m), generator=generator)] for m in members)
-    parts = zip(*(m.tensor_split([count]) for m, count in zip(shuffled, counts)))
-    held_out, rest = (torch.cat(part).sort().values for part in parts)
-    return rest, held_out
+    require(0 < size < count, "data.val_size", size, f"1..{count - 1}: there are {count} training images")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[size:].sort().values, order[:size].sort().values
 
 
 def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:
@@ -95,7 +89,7 @@ def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:
     return ImageSet(images.images[keep], labels[images.labels[keep]])
 
 
-def _arrays(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays `images` and `labels` of an archive, as far as it has them."""
     # Opened here, since np.load leaves a file that it cannot read open.
     with path.open("rb") as raw, warnings.catch_warnings():
@@ -105,11 +99,8 @@ def _arrays(path: Path, required: tuple[str, ...]) -> dict[str, np.ndarray]:
             raise InputError(f"{path}: a single array; expected an .npz archive with images and labels")
         _check_size(path, archive.zip)
         members = archive.zip.namelist()  # others than these two may be of any kind, one called `images` too
-        for name in required:
-            hint = "; a file without labels serves predict only" if name == "labels" else ""
-            if f"{name}.npy" not in members:
-                found = ", ".join(members) or "nothing"
-                raise InputError(f"{path}: no array named '{name}' (found: {found}){hint}")
+        if "images.npy" not in members:
+            raise InputError(f"{path}: no array named 'images' (found: {', '.join(members) or 'nothing'})")
         return {name: archive[f"{name}.npy"] for name in ("images", "labels") if f"{name}.npy" in members}
 
 

@@ -35,6 +35,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         root: folder where `cifar10_train.npz` and `cifar10_test.npz` are looked for first, then torchvision's copy.
         dataset: cifar100: a hundred classes, from `cifar100_*.npz` or torchvision.
         train_npz: training file (`images` (N, 32, 32, 3) uint8, `labels` (N,) integers from 0 on) to use instead.
+            Without labels it serves an encoder whose positives are views.
         test_npz: test file to use instead; without labels it serves `predict` only, and so does a folder of images of
             any size (`image_folder.read_images`).
         download: let torchvision download CIFAR-10 (170 MB, checksum verified) into `root` when nothing is there.
@@ -86,7 +87,9 @@ class CIFAR10DataModule(InMemoryDataModule):
             say_left_out(left_out, path)
             self.test_files = list(map(printable, files))
             return ImageSet(read_images(files), None)
-        images = read_npz(path, len(self.names), labels_required=split == "train")
+        if split == "train":
+            self.train_place = str(path)
+        images = read_npz(path, len(self.names))
         if self.npz[split] is not None and images.labels is not None:
             say_counts(images.labels, self.names, path)
         return images

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from datamodules.arrays import ImageSet, stratified_split
+from datamodules.arrays import ImageSet, random_split
 from datamodules.in_memory import InMemoryDataModule
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -29,6 +29,6 @@ class DigitsDataModule(InMemoryDataModule):
         labels = labels.long()
         grey = F.interpolate(pixels.view(-1, 1, 8, 8).float() * (255 / 16), size=32, mode="bilinear", antialias=False)
         images = grey.round().byte().permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
-        train, test = stratified_split(labels, size=360, seed=0)
+        train, test = random_split(len(labels), size=360, seed=0)
         chosen = train if split == "train" else test
         return ImageSet(images[chosen], labels[chosen])

@@ -1,4 +1,4 @@
-"""Your own images: a folder with a folder for each class."""
+"""Your own images: a folder with a folder for each class, or without."""
 
 import os
 from collections import Counter
@@ -33,8 +33,9 @@ class ImageFolderDataModule(InMemoryDataModule):
     """Images of any size in `root/train/CLASS/` and `root/test/CLASS/`, made 32×32 once and kept in memory.
 
     Classes are the folders of `root/train`, in alphabetical order, as in torchvision's ImageFolder. An image that is
-    not square gives its middle. `root/test` may also hold images without class folders; they serve `predict` only. The
-    number of images in each class is printed when they are read.
+    not square gives its middle. Images without class folders have no labels: in `root/test` they serve `predict` only,
+    in `root/train` an encoder whose positives are views. The number of images in each class is printed when they are
+    read.
 
     Args:
         root: folder with `train` and, for `test` and `predict`, `test`.
@@ -43,17 +44,20 @@ class ImageFolderDataModule(InMemoryDataModule):
 
     def __init__(self, root: str, val_size: int | None = None, batch_size: int = 256, **kwargs) -> None:
         self.root = local_path(root)
-        names = tuple(class_folders(self.root / "train"))
-        require(len(names) >= 2, "data.root", root, "a folder with images of at least two classes in train/CLASS/")
+        found = class_folders(self.root / "train")
+        names, places = tuple(found), found.values() or [self.root / "train"]
+        require(len(names) != 1, "data.root", root, "a folder with images of at least two classes in train/CLASS/")
         if val_size is None:
-            val_size = sum(len(image_files(place)) for place in class_folders(self.root / "train").values()) // 10
+            val_size = sum(len(image_files(place)) for place in places) // 10
         super().__init__(val_size=val_size, batch_size=batch_size, names=names, **kwargs)
         self.save_hyperparameters()
 
     def load(self, split: str) -> ImageSet:
         folder, left_out = self.root / split, Counter()
         found = class_folders(folder, left_out)
-        if split == "test" and not found:
+        if split == "train":
+            self.train_place = str(folder)
+        if not found:
             left_out.clear()
             files, labels = image_files(folder, left_out), None
         else:

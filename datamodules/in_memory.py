@@ -9,10 +9,12 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from datamodules.arrays import ImageSet, images_sha256, select_classes, stratified_split
+from datamodules.arrays import ImageSet, image_digests, random_split, select_classes, sha256
 from datamodules.loader import BatchLoader, bytes_needed
 from datamodules.views import Views, views_of
 from errors import InputError, require
+
+NO_CLASS = -1  # the label of an image that has none
 
 
 def printable(text: str | Path) -> str:
@@ -30,9 +32,10 @@ class InMemoryDataModule(LightningDataModule):
     """Holds the splits `train`, `val` and `test` as (N, 32, 32, 3) uint8 tensors and serves them in whole batches.
 
     A subclass names its classes in `CLASSES` (or as `names`, where they depend on its options), reads its two files in
-    `load`, and passes on the options below. The validation split is cut from the training images, stratified by class
-    and fixed by `split_seed`. `classes` then keeps the images of those classes in every split. The test images are not
-    read before `test` or `predict`.
+    `load`, and passes on the options below. The validation split is cut from the training images at random, fixed by
+    `split_seed`; it does not look at labels. `classes` then keeps the images of those classes in every split. The test
+    images are not read before `test` or `predict`. Training images without labels have NO_CLASS for a label each, and
+    the module no `class_names`.
 
     Args:
         classes: keep these classes only, relabelled 0, 1, … in this order; [0, 1] leaves the first two.
@@ -56,6 +59,7 @@ class InMemoryDataModule(LightningDataModule):
 
     CLASSES: Sequence[str] = ()
     test_files: list[str] | None = None  # the test images' own files, where they come from a folder
+    train_place = "the training images"  # where they lie, for messages
 
     def __init__(
         self,
@@ -95,16 +99,18 @@ class InMemoryDataModule(LightningDataModule):
         self.class_names = list(names) if classes is None else [names[i] for i in classes]
         self.num_classes = len(self.class_names)
         self.augments = flip or translate > 0 or cutout > 0 or bool(self.views)
-        # Which images are trained on: what a checkpoint carries and must agree on. The training file's digest is added
-        # when that is read, which `test` and `predict` do not.
-        self.fingerprint: dict[str, str | int] = {"val_size": val_size, "split_seed": split_seed}
+        # Which images are trained on: what a checkpoint carries and must agree on. The digests of the training images
+        # and of their labels are added when they are read, which `test` and `predict` do not.
+        self.fingerprint: dict[str, str | int | None] = {"val_size": val_size, "split_seed": split_seed}
+        self.labelled = True  # until training images without labels are read
+        self._digests: Tensor | None = None
         self._sets: dict[str, ImageSet] = {}
         self._cached: dict[str, ImageSet] = {}  # features in place of images
         self.train_features: Tensor | None = None  # those of the training images
         self._left: set[str] = set()  # splits that do not lie on the training device
 
     def load(self, split: str) -> ImageSet:
-        """Reads all `train` or all `test` images; only test images may come without labels."""
+        """Reads all `train` or all `test` images; `labels` is None where they have none."""
         raise NotImplementedError
 
     @property
@@ -137,10 +143,20 @@ class InMemoryDataModule(LightningDataModule):
     def _cut(self) -> dict[str, ImageSet]:
         """Reads the training images and holds `val` out."""
         images = self.load("train")
-        if len(images.labels.unique()) < 2:
+        self.fingerprint["pixels_sha256"] = sha256(images.images)
+        self.fingerprint["labels_sha256"] = None if images.labels is None else sha256(images.labels)
+        if images.labels is None:
+            require(self.classes is None, "data.classes", self.classes, "left out: the training images have no labels")
+            self.labelled, self.class_names = False, []
+            images = ImageSet(images.images, torch.full((len(images.images),), NO_CLASS))
+        elif len(images.labels.unique()) < 2:
             raise InputError("the training labels name only one class; at least two are needed")
-        self._all_labels, self.fingerprint["train_sha256"] = images.labels, images_sha256(images)
-        parts = zip(("train", "val"), stratified_split(images.labels, self.val_size, self.split_seed))
+        rest, held_out = random_split(len(images.labels), self.val_size, self.split_seed)
+        missing = sorted({*images.labels.unique().tolist()} - {*images.labels[held_out].unique().tolist()})
+        if missing:
+            names = ", ".join(self.names[i] for i in missing[:10]) + (", …" if len(missing) > 10 else "")
+            say(f"data: {len(missing)} of the classes have no validation image: {names}; raise data.val_size")
+        parts = zip(("train", "val"), (rest, held_out))
         return {name: self._kept(name, ImageSet(*(x[index] for x in images))) for name, index in parts}
 
     def _kept(self, name: str, images: ImageSet) -> ImageSet:
@@ -153,13 +169,18 @@ class InMemoryDataModule(LightningDataModule):
             require(there, "data.classes", self.classes, f"in every split; no image of class {label} is in {name}")
         return images
 
-    def seen_in_validation(self, val_size: int, split_seed: int) -> int:
-        """How many of this module's validation images a fit with that other split of the same file has trained on."""
-        trained_on, _ = stratified_split(self._all_labels, val_size, split_seed)
-        _, held_out = stratified_split(self._all_labels, self.val_size, self.split_seed)
-        if self.classes is not None:
-            held_out = held_out[torch.isin(self._all_labels[held_out], torch.tensor(self.classes))]
-        return int(torch.isin(held_out, trained_on).sum())
+    @property
+    def training_digests(self) -> Tensor:
+        """The `image_digests` (N,) of the training images: what an encoder that is trained on them has seen."""
+        if self._digests is None:
+            self._digests = image_digests(self.split("train").images)
+        return self._digests
+
+    def seen_in_validation(self, seen: Tensor) -> int:
+        """How many of this module's validation images are among those of the digests `seen`; one that lies among the
+        module's own training images too does not count."""
+        held_out = image_digests(self.split("val").images)
+        return int((torch.isin(held_out, seen) & ~torch.isin(held_out, self.training_digests)).sum())
 
     def cache_features(self, features: dict[str, Tensor]) -> None:
         """Puts features (N, D) float32 of the splits named aside: fit and validation get them instead of images."""

@@ -49,6 +49,10 @@ class EncoderStage(Stage):
     def identity(self) -> dict[str, Any]:
         return {**super().identity, "encoder": self.encoder.spec}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["seen_images"] = self.trainer.datamodule.training_digests
+
     def initialize(self, images: Tensor) -> None:
         self.encoder.initialize(images)
         data = self.trainer.datamodule

@@ -46,6 +46,8 @@ class Probe(Stage):
     def __init__(self, num_classes: int = 10, **kwargs) -> None:
         super().__init__(num_classes, **kwargs)
         self.encoder, self.encoder_sha256, self.frozen_sha256 = None, None, None
+        self._encoder_data: dict | None = None  # what the encoder's checkpoint says of its training images
+        self._seen: Tensor | None = None  # their digests
 
     def build_head(self, feature_dim: int) -> nn.Module:
         """Features (B, `feature_dim`) → logits (B, num_classes)."""
@@ -53,7 +55,8 @@ class Probe(Stage):
 
     def adopt(self, encoder: Encoder, checkpoint: dict[str, Any]) -> None:
         """Takes over a trained encoder, and makes a head for it. `checkpoint` is the one that the encoder came from."""
-        self.encoder_sha256 = weights_sha256(encoder.state_dict())
+        self.encoder_sha256, self._encoder_data = weights_sha256(encoder.state_dict()), checkpoint.get("data")
+        self._seen = checkpoint.get("seen_images")
         self._build(encoder)
 
     def _build(self, encoder: Encoder) -> None:
@@ -111,6 +114,9 @@ class Probe(Stage):
         super().on_save_checkpoint(checkpoint)
         self.frozen_sha256 = self.frozen_sha256 or weights_sha256(self.encoder.state_dict())
         checkpoint["frozen_sha256"] = self.frozen_sha256
+        checkpoint["encoder_data"] = self._encoder_data
+        own = self.trainer.datamodule.training_digests
+        checkpoint["seen_images"] = own if self._seen is None else torch.cat([own, self._seen]).unique()
 
     def on_train_end(self) -> None:
         if not self.trains_encoder and weights_sha256(self.encoder.state_dict()) != self.frozen_sha256:

@@ -32,7 +32,7 @@ class Stage(Optimization):
 
     def __init__(self, num_classes: int = 10, l2_lambda: float = 0.0, **kwargs) -> None:
         super().__init__(**kwargs)
-        require(num_classes >= 2, "model.num_classes", num_classes, "at least 2")
+        require(num_classes >= 2 or num_classes == 0, "model.num_classes", num_classes, "at least 2, or 0 for none")
         require(l2_lambda >= 0, "model.l2_lambda", l2_lambda, "0 or more")
         self.num_classes, self.l2_lambda = num_classes, l2_lambda
         self.class_names: list[str] | None = None
@@ -43,6 +43,7 @@ class Stage(Optimization):
         self._announced = True  # whether Lightning knows of this epoch's training means
 
     accuracy_name = "accuracy"  # as it is logged
+    needs_labels = True
 
     def in_float32(self) -> AbstractContextManager:
         """What classifiers compute logits in: no autocast in evaluation, whose figures are published."""
@@ -76,7 +77,10 @@ class Stage(Optimization):
             raise InputError(
                 f"{type(self).__name__} needs a data module, such as CIFAR10DataModule or DigitsDataModule"
             )
-        if self.num_classes != datamodule.num_classes:
+        if self.needs_labels and not datamodule.labelled:
+            wanted = f"which {type(self).__name__} needs; model.positives view does without"
+            raise InputError(f"{datamodule.train_place}: no labels, {wanted}")
+        if datamodule.labelled and self.num_classes != datamodule.num_classes:
             raise InputError(f"model.num_classes {self.num_classes}: the data has {datamodule.num_classes} classes")
         self.class_names = datamodule.class_names
         if stage == "fit":

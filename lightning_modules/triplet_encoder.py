@@ -81,6 +81,10 @@ class TripletEncoder(EncoderStage):
                 print(f"model.loss: pairs of {size:,} images are worked on in {blocks} blocks, to fit into memory")
 
     @property
+    def needs_labels(self) -> bool:
+        return self.positives == "class" or self.trainer.state.fn in ("test", "predict")
+
+    @property
     def accuracy_name(self) -> str:
         return "accuracy" if self.positives == "class" else "view_accuracy"
 
@@ -150,7 +154,8 @@ class TripletEncoder(EncoderStage):
         self._log_retrieval("test")
 
     def _log_retrieval(self, split: str) -> None:
-        if not self._queries:
+        if not self._queries or not self.trainer.datamodule.labelled:
+            self._queries.clear()
             return
         queries, labels = (torch.cat(x) for x in zip(*self._queries))
         self._queries.clear()

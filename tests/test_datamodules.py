@@ -19,7 +19,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from test_loader import images
 
 from datamodules import CIFAR10DataModule, DigitsDataModule, in_memory, loader
-from datamodules.arrays import ImageSet, stratified_split
+from datamodules.arrays import ImageSet, image_digests, random_split
 from datamodules.cifar10 import CIFAR100_CLASSES
 from datamodules.in_memory import InMemoryDataModule
 from datamodules.loader import BatchLoader
@@ -164,25 +164,34 @@ def test_cifar100_is_one_option(tmp_path, monkeypatch):
     assert data.split("val").labels.tolist() and CIFAR10DataModule().num_classes == 10
 
 
-def test_split_is_stratified_disjoint_and_fixed():
-    labels = torch.arange(1000) % 7
-    rest, held = stratified_split(labels, 105, seed=3)
-    assert sorted(torch.cat([rest, held]).tolist()) == list(range(1000))
-    assert labels[held].bincount().tolist() == [15] * 7
-    assert torch.equal(held, stratified_split(labels, 105, seed=3)[1])
-    assert not torch.equal(held, stratified_split(labels, 105, seed=4)[1])
-
-
-def test_split_of_uneven_classes_has_the_size_asked_for():
-    labels = torch.tensor([0] * 10 + [1] * 11 + [2] * 3)
-    for size in (1, 5, 23):
-        assert len(stratified_split(labels, size, 0)[1]) == size
+def test_split_is_disjoint_fixed_and_never_asks_for_labels():
+    rest, held = random_split(1000, 105, seed=3)
+    assert sorted(torch.cat([rest, held]).tolist()) == list(range(1000)) and len(held) == 105
+    assert torch.equal(held, random_split(1000, 105, seed=3)[1])
+    assert not torch.equal(held, random_split(1000, 105, seed=4)[1])
 
 
 @pytest.mark.parametrize("size", [0, -1, 24, 30])
 def test_split_refuses_sizes_that_do_not_fit(size):
     with pytest.raises(InputError, match="val_size"):
-        stratified_split(torch.arange(24) % 3, size, 0)
+        random_split(24, size, 0)
+
+
+def test_an_image_is_known_again_by_its_digest():
+    some = images(50)
+    digests = image_digests(some)
+    assert len(digests.unique()) == 50 and torch.equal(image_digests(some[7:9].clone()), digests[7:9])
+
+
+def test_a_class_without_validation_images_is_reported(capsys):
+    class Rare(InMemoryDataModule):
+        CLASSES = ("common", "rare", "rarest")
+
+        def load(self, split):
+            return ImageSet(images(40), torch.tensor([0] * 38 + [1, 2]))
+
+    assert len(Rare(val_size=2, batch_size=4).split("val").labels) == 2
+    assert "2 of the classes have no validation image: rare, rarest" in capsys.readouterr().out
 
 
 def test_digits_sizes_and_range():

@@ -148,7 +148,7 @@ def test_a_file_gives_what_the_run_gives(fitted, images, kind, stage, capsys):
         assert all(torch.equal(weights[name], tensor) for name, tensor in trained.items())
     torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
     assert metadata["gives"] == ("features" if stage == "triplet_encoder" else "probabilities")
-    assert json.loads(metadata["class_names"]) == own.class_names and "train_sha256" in json.loads(metadata["data"])
+    assert json.loads(metadata["class_names"]) == own.class_names and "pixels_sha256" in json.loads(metadata["data"])
 
 
 def test_features_of_a_probe_are_its_encoders(fitted, capsys):
@@ -186,7 +186,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(fitted, tmp_path, capsys
         ({"made_by": None}, "config"),
         ({"made_by": {"config": "model: SoftmaxRegression"}}, "config"),
         ({"state_dict": {}}, "linear"),
-        ({"data": {**checkpoint["data"], "train_sha256": "0"}}, "--data_root"),
+        ({"data": {**checkpoint["data"], "pixels_sha256": "0"}}, "--data_root"),
     ):
         torch.save({**checkpoint, **change}, tmp_path / "other.ckpt")
         line = refusal(capsys, "--ckpt_path", tmp_path / "other.ckpt", "--format", "safetensors")

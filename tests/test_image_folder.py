@@ -251,7 +251,7 @@ def test_what_other_programs_leave_is_left_out_and_counted(folder, capsys):
     (folder / "train" / ".DS_Store").touch()
     data = ImageFolderDataModule(str(folder))
     data.split("train"), data.split("test")
-    assert data.class_names == ["blue", "green", "red"] and len(data._all_labels) == 150
+    assert data.class_names == ["blue", "green", "red"] and len(data.load("train").labels) == 150
     said = capsys.readouterr().out
     assert f"files in {folder / 'train'} that are left out: 3 hidden beside the class folders, " in said
     assert all(kind in said for kind in (", 3 hidden", "1 of kind .txt", "1 links that lead nowhere"))
@@ -296,7 +296,7 @@ def test_linked_folders_are_read_and_loops_end(folder, tmp_path):
     (folder / "train" / "green" / "linked" / "up").symlink_to(folder / "train" / "green")
     data = ImageFolderDataModule(str(folder))
     data.split("train")
-    assert data._all_labels.bincount().tolist() == [40, 50, 60 + 50]
+    assert data.load("train").labels.bincount().tolist() == [40, 50, 60 + 50]
 
 
 def test_no_image_is_read_twice_or_under_another_class_by_a_link(folder, capsys):
