@@ -57,7 +57,8 @@ class Step:
     digits: tuple[str, ...] = (PLAIN,)
 
 
-LOGISTIC, SOFTMAX, SUPERVISED = "logistic_regression", "softmax_regression", "supervised_encoder"
+LOGISTIC, SOFTMAX = "logistic_regression", "softmax_regression"
+SUPERVISED, LABEL_FREE = "supervised_encoder", "label_free_encoder"
 LADDER = (
     Step(LOGISTIC, LOGISTIC, LOGISTIC, report=0.8030, digits=(PLAIN, "--data.classes=[0,1]")),
     Step(SOFTMAX, SOFTMAX, SOFTMAX, report=0.3684, digits=(PLAIN, "--trainer.max_epochs=30")),
@@ -68,6 +69,10 @@ LADDER = (
     Step("fine_tuned_encoder", "fine_tune", "fine_tune", on="linear_probe"),
     Step(SUPERVISED, SUPERVISED, SUPERVISED, digits=(PLAIN, "--model.lr=0.2")),
     Step("supervised_encoder_linear_probe", "linear_probe", "supervised_probe", on=SUPERVISED),
+    Step("label_free_encoder_knn", LABEL_FREE, LABEL_FREE, metric="knn_accuracy"),
+    Step("label_free_encoder_linear_probe", "linear_probe", "label_free_probe", on=LABEL_FREE),
+    Step("label_free_encoder_mlp_probe", "mlp_probe", "label_free_mlp_probe", on=LABEL_FREE),
+    Step("label_free_encoder_fine_tuned", "fine_tune", "label_free_fine_tuned", on="label_free_probe"),
 )
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from benchmarks.common import Rows, arguments, fresh, machine, measured, save, table
 from errors import InputError, one_line
 
-NAMES = ("training", "losses", "probe", "regression", "evaluation", "startup", "scaling", "inspection", "busy", "gpu")
+NAMES = ("training", "views", "losses", "probe", "regression", "evaluation", "startup", "scaling", "inspection", "busy")
+NAMES += ("gpu",)
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 

@@ -12,6 +12,8 @@ from run_folder import shared_folder
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint with this project's settings: one file, written after a validation.
 
+    Where a fit has no accuracy of classes, as with `positives: view`, `val/loss` decides in place of `val/accuracy`.
+
     Args:
         monitor: the metric that decides; null: the last validation is kept.
         mode: whether the largest or the smallest value is the best.
@@ -28,8 +30,11 @@ class BestCheckpoint(ModelCheckpoint):
     ) -> None:
         once = {"enable_version_counter": False, "save_on_train_epoch_end": False}
         super().__init__(monitor=monitor, mode=mode, save_top_k=save_top_k, filename=filename, **once)
+        self._others = {"save_top_k": save_top_k, "filename": filename}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.monitor == "val/accuracy" and getattr(pl_module, "accuracy_name", "accuracy") != "accuracy":
+            BestCheckpoint.__init__(self, "val/loss", "min", **self._others)
         folder = shared_folder(trainer)
         if self.dirpath is None and folder is not None:  # Lightning would take the first logger's
             self.dirpath = str(folder / "checkpoints")

@@ -58,7 +58,9 @@ def plain(name: str) -> str:
 def draw_curves(rows: dict[int, dict[str, float]]) -> Figure:
     """Loss and accuracy over the steps, training and validation; `rows` are those of `metrics.csv` by step."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+    seen = {name.split("/")[-1] for row in rows.values() for name in row}
+    accuracy = "view_accuracy" if "view_accuracy" in seen else "accuracy"
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", accuracy)):
         for split, label, style, colour in (
             ("train", "training", "o-", COLOURS[0]),
             ("val", "validation", "s--", COLOURS[1]),

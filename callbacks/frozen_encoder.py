@@ -52,6 +52,8 @@ class FrozenEncoder(Callback):
             return
         if stage != "fit" or pl_module.encoder is not None:
             return
+        if not trainer.datamodule.labelled:
+            raise InputError(f"{trainer.datamodule.train_place}: no labels; {pl_module.needs_labels}")
         if not pl_module.trains_encoder and any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):
             raise InputError("StochasticWeightAveraging would reset the frozen encoder's BatchNorm; leave it out")
         runs = [self.runs / name for name in pl_module.starts_from]
@@ -80,11 +82,14 @@ def check_data(path: Path, checkpoint: dict[str, Any], data: LightningDataModule
     """
     stage, its = (x if isinstance(x, dict) else {} for x in (checkpoint.get("stage"), checkpoint.get("data")))
     names, own, other = stage.get("class_names"), data.fingerprint, []
-    if names and data.class_names and names != data.class_names:
+    if not isinstance(its.get("pixels_sha256"), str):
+        raise InputError(f"{path}: does not say which images the encoder was trained on; fit it again")
+    by_labels = stage.get("positives") != "view"
+    if by_labels and names != data.class_names:
         other.append(f"of the classes {names}, where this command's are {data.class_names}")
-    if its.get("pixels_sha256") != own["pixels_sha256"]:
+    if its["pixels_sha256"] != own["pixels_sha256"]:
         other.append("trained on other images than this command's")
-    elif stage.get("positives") != "view" and its.get("labels_sha256") != own["labels_sha256"] and data.labelled:
+    elif by_labels and its.get("labels_sha256") != own["labels_sha256"]:
         other.append("trained on the same images with other labels")
     if other and not other_data:
         hint = "give the same data, or --frozen_encoder.other_data true"

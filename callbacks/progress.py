@@ -62,8 +62,9 @@ class Progress(TQDMProgressBar):
         metrics, shown = super().get_metrics(trainer, pl_module), {}
         if self._loss is not None:
             shown["loss"] = f"{self._loss:.3g}"
-        if "val/accuracy" in metrics:
-            shown["val"] = f"{metrics['val/accuracy']:.3f}"
+        accuracy = f"val/{getattr(pl_module, 'accuracy_name', 'accuracy')}"
+        if accuracy in metrics:
+            shown["val"] = f"{metrics[accuracy]:.3f}"
         steps = 0 if self._first is None else trainer.global_step - self._first
         if steps and math.isfinite(total := trainer.estimated_stepping_batches):
             left = (time.monotonic() - self._began) / steps * (total - trainer.global_step)

@@ -6,9 +6,6 @@ from torch.nn.utils import get_total_norm
 from callbacks.figures import tensorboards
 from callbacks.image_rate import ImageRate
 
-# The custom scalars page: training and validation in one chart.
-LAYOUT = {"training": {q: ["Multiline", [f"train/{q}", f"val/{q}"]] for q in ("loss", "accuracy")}}
-
 
 class TrainingMonitor(Callback):
     """Logs `step/images_per_s`, `step/gradient_norm` (before clipping) and `step/lr` every `log_every_n_steps` steps.
@@ -20,8 +17,11 @@ class TrainingMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_at = trainer.global_step
         self._rate = ImageRate()
+        # The custom scalars page: training and validation in one chart.
+        quantities = "loss", getattr(pl_module, "accuracy_name", "accuracy")
+        charts = {q: ["Multiline", [f"train/{q}", f"val/{q}"]] for q in quantities}
         for logger in tensorboards(trainer):
-            logger.experiment.add_custom_scalars(LAYOUT)
+            logger.experiment.add_custom_scalars({"training": charts})
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._rate.restart()

@@ -46,7 +46,8 @@ class ImageFolderDataModule(InMemoryDataModule):
         self.root = local_path(root)
         found = class_folders(self.root / "train")
         names, places = tuple(found), found.values() or [self.root / "train"]
-        require(len(names) != 1, "data.root", root, "a folder with images of at least two classes in train/CLASS/")
+        wanted = "a folder with images of at least two classes in train/CLASS/, or without labels in train/ itself"
+        require(len(names) != 1, "data.root", root, wanted)
         if val_size is None:
             val_size = sum(len(image_files(place)) for place in places) // 10
         super().__init__(val_size=val_size, batch_size=batch_size, names=names, **kwargs)
@@ -62,7 +63,7 @@ class ImageFolderDataModule(InMemoryDataModule):
             files, labels = image_files(folder, left_out), None
         else:
             for name in found:
-                known = f"one of the classes {', '.join(self.names[:20])}"
+                known = f"one of the classes {', '.join(self.names[:20])}" if self.names else "none: train/ has none"
                 require(name in self.names, f"{folder}: folder", name, known)
             here = [(label, found[name]) for label, name in enumerate(self.names) if name in found]
             files, labels = zip(*((path, label) for label, place in here for path in image_files(place, left_out)))

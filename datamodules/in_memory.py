@@ -176,11 +176,14 @@ class InMemoryDataModule(LightningDataModule):
             self._digests = image_digests(self.split("train").images)
         return self._digests
 
+    def seen_in(self, name: str, seen: Tensor) -> int:
+        """How many images of the split `name` are among those of the digests `seen`."""
+        return int(torch.isin(image_digests(self.split(name).images), seen).sum())
+
     def seen_in_validation(self, seen: Tensor) -> int:
-        """How many of this module's validation images are among those of the digests `seen`; one that lies among the
-        module's own training images too does not count."""
-        held_out = image_digests(self.split("val").images)
-        return int((torch.isin(held_out, seen) & ~torch.isin(held_out, self.training_digests)).sum())
+        """The same of `val`, without images that lie among this module's own training images too."""
+        own = self.training_digests
+        return self.seen_in("val", seen) - self.seen_in("val", own[torch.isin(own, seen)])
 
     def cache_features(self, features: dict[str, Tensor]) -> None:
         """Puts features (N, D) float32 of the splits named aside: fit and validation get them instead of images."""
@@ -208,8 +211,9 @@ class InMemoryDataModule(LightningDataModule):
 
     @property
     def _fixed_views(self) -> list[Views]:
-        """Two views of each image, beside it in an evaluation: for a loss that compares views."""
-        return [replace(self.views[0], count=2)] if self.number_of_views > 1 else []
+        """Two views of each image, beside it in an evaluation, for a stage that compares views."""
+        compared = getattr(self.trainer.lightning_module, "positives", None) == "view"
+        return [replace(self.views[0], count=2)] if compared and self.number_of_views > 1 else []
 
     @property
     def number_of_views(self) -> int:

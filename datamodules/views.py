@@ -38,6 +38,11 @@ class Views:
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     greyscale: float = 0.0
 
+    @property
+    def varies(self) -> bool:
+        """Whether two views of an image differ, most often."""
+        return self.scale is not None or any(self.jitter) or self.greyscale > 0
+
     def draw(self, images: int, generator: torch.Generator) -> Tensor:
         """What is random in the views of so many images, image by image: (images · count, 10) float32.
 

@@ -20,9 +20,9 @@ class Optimization(FiniteLoss):
     Args:
         lr: learning rate, the peak one for the triangular schedule.
         optimizer: SGD (with Nesterov momentum where `momentum` > 0), Adam, AdamW, or Muon for the filters of
-            convolutions and SGD for all else.
+            convolutions and SGD for all else. Muon scales each filter, so a BatchNorm must follow, as in FastEncoder.
         momentum: SGD's momentum.
-        weight_decay: the optimiser's, on weights of two or more dimensions.
+        weight_decay: the optimiser's, on weights of two or more dimensions, but for those that Muon steps.
         schedule: `constant`; `triangular`: linearly up over the share `warmup` of all steps, then down to zero;
             `plateau`: × `plateau_factor` after `plateau_patience` validations without a lower loss.
         muon_lr: Muon's learning rate; it follows the same schedule.
@@ -68,13 +68,16 @@ class Optimization(FiniteLoss):
 
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.hparams
-        groups = [{"lr": self.lr, **group} for group in self.parameter_groups()]
+        groups = self.parameter_groups()
         if options.optimizer == "muon":
+            own = any("lr" in group for group in groups)
+            require(not own, "model.optimizer", "muon", f"another: a part of {type(self).__name__} has its own rate")
             filters = [p for group in groups for p in group["params"] if p.ndim == 4]
             require(filters, "model.optimizer", "muon", "one of the others: nothing here has filters of convolutions")
             groups = [{**group, "params": [p for p in group["params"] if p.ndim != 4]} for group in groups]
             plain = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
             groups.append({"params": filters, "lr": options.muon_lr, "muon_momentum": options.muon_momentum, **plain})
+        groups = [{"lr": self.lr, **group} for group in groups]
         for group in groups:
             group["initial_lr"] = group["lr"]  # saved with the group: a resumed fit compares it with its own
         if options.optimizer in ("sgd", "muon"):

@@ -56,6 +56,7 @@ class Probe(Stage):
     def adopt(self, encoder: Encoder, checkpoint: dict[str, Any]) -> None:
         """Takes over a trained encoder, and makes a head for it. `checkpoint` is the one that the encoder came from."""
         self.encoder_sha256, self._encoder_data = weights_sha256(encoder.state_dict()), checkpoint.get("data")
+        self._encoder_data = checkpoint.get("encoder_data") or self._encoder_data  # of a probe: its own encoder's
         self._seen = checkpoint.get("seen_images")
         self._build(encoder)
 

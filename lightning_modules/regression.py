@@ -72,7 +72,7 @@ class LogisticRegression(Stage):
     """Binary logistic regression: σ(wᵀx + b) is the probability of class 1, one logit, binary cross-entropy loss."""
 
     def __init__(self, num_classes: int = 2, **kwargs) -> None:
-        if num_classes != 2:
+        if num_classes > 2:
             raise InputError(
                 f"LogisticRegression has two classes, the data has {num_classes}: give --data.classes '[0,1]'"
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from errors import InputError, first_line, require
@@ -32,7 +33,8 @@ class Stage(Optimization):
 
     def __init__(self, num_classes: int = 10, l2_lambda: float = 0.0, **kwargs) -> None:
         super().__init__(**kwargs)
-        require(num_classes >= 2 or num_classes == 0, "model.num_classes", num_classes, "at least 2, or 0 for none")
+        if num_classes < 2:
+            raise InputError(f"model.num_classes {num_classes}: expected at least 2; {self.needs_labels}")
         require(l2_lambda >= 0, "model.l2_lambda", l2_lambda, "0 or more")
         self.num_classes, self.l2_lambda = num_classes, l2_lambda
         self.class_names: list[str] | None = None
@@ -43,7 +45,11 @@ class Stage(Optimization):
         self._announced = True  # whether Lightning knows of this epoch's training means
 
     accuracy_name = "accuracy"  # as it is logged
-    needs_labels = True
+
+    @property
+    def needs_labels(self) -> str:
+        """Why this command needs labelled training images; '' where it does not."""
+        return f"{type(self).__name__} needs them, and an encoder with model.positives view does not"
 
     def in_float32(self) -> AbstractContextManager:
         """What classifiers compute logits in: no autocast in evaluation, whose figures are published."""
@@ -77,9 +83,8 @@ class Stage(Optimization):
             raise InputError(
                 f"{type(self).__name__} needs a data module, such as CIFAR10DataModule or DigitsDataModule"
             )
-        if self.needs_labels and not datamodule.labelled:
-            wanted = f"which {type(self).__name__} needs; model.positives view does without"
-            raise InputError(f"{datamodule.train_place}: no labels, {wanted}")
+        if not datamodule.labelled and self.needs_labels:
+            raise InputError(f"{datamodule.train_place}: no labels; {self.needs_labels}")
         if datamodule.labelled and self.num_classes != datamodule.num_classes:
             raise InputError(f"model.num_classes {self.num_classes}: the data has {datamodule.num_classes} classes")
         self.class_names = datamodule.class_names
@@ -183,6 +188,9 @@ class Stage(Optimization):
                 self._kept_means = checkpoint.get("train_means", {})
         agree("", identity, checkpoint.get("stage"))
         agree("data.", self.trainer.datamodule.fingerprint, checkpoint.get("data"))
+        if self.trainer.state.fn == "test" and isinstance(seen := checkpoint.get("seen_images"), Tensor):
+            if count := self.trainer.datamodule.seen_in("test", seen):
+                rank_zero_warn(f"{count} of the test images are among those that the encoder was trained on")
         check_shapes(self, checkpoint["state_dict"])
         if self.trainer.state.fn == "fit":
             super().on_load_checkpoint(checkpoint)

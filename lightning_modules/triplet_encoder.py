@@ -54,14 +54,17 @@ class TripletEncoder(EncoderStage):
         num_classes: int = 10,
         **kwargs,
     ) -> None:
-        super().__init__(encoder, num_classes=num_classes, **kwargs)
+        require(positives in ("class", "view"), "model.positives", positives, "class or view")
+        self.positives = positives
+        unlabelled = num_classes == 0 and positives == "view"  # how many classes there are does not matter then
+        super().__init__(encoder, num_classes=2 if unlabelled else num_classes, **kwargs)
         require(z_dim is None or z_dim >= 1, "model.z_dim", z_dim, "at least 1, or null for no projection head")
         hidden = z_hidden is None or z_hidden >= 1 and z_dim is not None
         require(hidden, "model.z_hidden", z_hidden, "at least 1 beside a model.z_dim, or null")
         require(knn_k >= 1, "model.knn_k", knn_k, "at least 1")
         require(knn_temperature > 0, "model.knn_temperature", knn_temperature, "above 0")
         self.head = projection_head(encoder.feature_dim, z_hidden, z_dim)
-        self.loss_function, self.global_mining, self.positives = loss, global_mining, positives
+        self.loss_function, self.global_mining = loss, global_mining
         self.knn_k, self.knn_temperature = knn_k, knn_temperature
         self._queries: list[tuple[Tensor, Tensor]] = []
         _try(loss, encoder.feature_dim if z_dim is None else z_dim)
@@ -73,16 +76,21 @@ class TripletEncoder(EncoderStage):
         if stage != "predict" and data is not None and self.positives == "view":
             wanted = "at least 2, or some data.small_views, with model.positives view"
             require(data.number_of_views > 1, "data.views", data.number_of_views, wanted)
+            wanted = "views that differ: give data.crop_scale [0.2,1], data.color_jitter 0.5 or data.greyscale 0.2"
+            require(data.views[0].varies, "model.positives", "view", wanted)
         super().setup(stage)
         if stage == "fit":
             require(data.batch_size >= 3, "data.batch_size", data.batch_size, "at least 3, since a triplet needs three")
             size = data.number_of_views * data.batch_size // (1 if self.global_mining else self.trainer.world_size)
             if (blocks := len(anchor_blocks(size))) > 1 and self.trainer.is_global_zero:
-                print(f"model.loss: pairs of {size:,} images are worked on in {blocks} blocks, to fit into memory")
+                print(f"model.loss: pairs of {size:,} embeddings are worked on in {blocks} blocks, to fit into memory")
 
     @property
-    def needs_labels(self) -> bool:
-        return self.positives == "class" or self.trainer.state.fn in ("test", "predict")
+    def needs_labels(self) -> str:
+        if self.positives == "class":
+            return super().needs_labels
+        votes = "the nearest labelled training images vote in test and predict: validate, or give labelled data"
+        return votes if self.trainer.state.fn in ("test", "predict") else ""
 
     @property
     def accuracy_name(self) -> str:
@@ -143,7 +151,7 @@ class TripletEncoder(EncoderStage):
             self.record(split, batch_idx, loss, nearest == targets)
         else:
             self.record(split, batch_idx, embeddings.sum(), targets)
-        if self.trainer.state.fn != "fit":
+        if self.trainer.state.fn != "fit" and self.trainer.datamodule.labelled:
             self._queries.append((self.encoder.embed(images), labels))
         return {"features": features, "views": compared}
 
@@ -154,8 +162,7 @@ class TripletEncoder(EncoderStage):
         self._log_retrieval("test")
 
     def _log_retrieval(self, split: str) -> None:
-        if not self._queries or not self.trainer.datamodule.labelled:
-            self._queries.clear()
+        if not self._queries:
             return
         queries, labels = (torch.cat(x) for x in zip(*self._queries))
         self._queries.clear()

@@ -21,6 +21,7 @@ BENCHMARKS = (
     "startup",
     "scaling",
     "inspection",
+    "views",
     "busy",
     "gpu",
 )

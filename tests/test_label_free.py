@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from checkpoint_file import load_checkpoint
+from datamodules.arrays import random_split
 from main import main
 
 SMALL = "--model.encoder.init_args.widths=[8,8,8]"
@@ -91,6 +92,35 @@ def test_other_data_is_refused_unless_allowed_and_then_reported_and_recorded(
     encoder = load_checkpoint(folder / "checkpoints/last.ckpt")
     assert probed["encoder_data"] == encoder["data"] != probed["data"]
     assert set(encoder["seen_images"].tolist()) < set(probed["seen_images"].tolist())
+    tuned = run("fit", "fine_tune", f"--data.train_npz={tiny / 'other.npz'}")
+    saved = load_checkpoint(Path(tuned.trainer.checkpoint_callback.best_model_path))
+    assert saved["encoder_data"] == encoder["data"] and torch.equal(saved["seen_images"], probed["seen_images"])
+
+
+def test_test_images_that_the_encoder_has_seen_are_reported(tmp_path, tiny, forms, run):
+    with np.load(tiny / "cifar10_train.npz") as file, np.load(tiny / "cifar10_test.npz") as test:
+        np.savez(tiny / "everything.npz", images=np.concatenate([255 - file["images"], test["images"]]))
+    _, folder = fitted(tmp_path, "runs", f"--data.train_npz={tiny / 'everything.npz'}")
+    run("fit", "linear_probe", f"--frozen_encoder.run={folder}", "--frozen_encoder.other_data=true")
+    with pytest.warns(UserWarning, match="of the test images are among those that the encoder was trained on"):
+        run("test", "linear_probe", "--ckpt_path=best")
+
+
+@pytest.mark.parametrize("part", ["pixels_sha256", "seen_images"])
+def test_an_encoder_that_does_not_say_what_it_has_seen_is_refused(tmp_path, forms, refused, part):
+    _, folder = fitted(tmp_path, "runs", *forms["labelled"])
+    checkpoint = load_checkpoint(folder / "checkpoints/last.ckpt")
+    checkpoint["data"].pop(part, None)
+    checkpoint.pop(part, None)
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    probe = [f"--frozen_encoder.run={tmp_path / 'old.ckpt'}", "--data.split_seed=1"]
+    refused("fit", "linear_probe", *probe, words=["does not say which images", "fit it again"])
+
+
+def test_images_without_class_folders_are_refused_by_what_needs_classes(forms, refused):
+    for config in ("logistic_regression", "supervised_encoder"):
+        options = ["--data.classes=null"] if config.startswith("logistic") else []
+        refused("fit", config, *forms["folder"], *options, words=["num_classes 0", "model.positives view"])
 
 
 def test_validation_images_that_were_seen_are_refused_always(tmp_path, tiny, forms, run, refused):
@@ -101,12 +131,11 @@ def test_validation_images_that_were_seen_are_refused_always(tmp_path, tiny, for
     np.savez(tiny / "turned.npz", images=images[::-1], labels=labels[::-1])
     probe = "linear_probe", f"--frozen_encoder.run={folder}", f"--data.train_npz={tiny / 'turned.npz'}"
     refused("fit", *probe, "--frozen_encoder.other_data=true", words=["has seen", "validation images"])
-    # Images that only the probe has, and some that the encoder has seen, in training.
-    unseen = 255 - images[:100]
-    np.savez(
-        tiny / "apart.npz", images=np.concatenate([unseen, images[:1]]), labels=np.concatenate([labels[:100], [0]])
-    )
-    given = [f"--frozen_encoder.run={folder}", f"--data.train_npz={tiny / 'apart.npz'}", "--data.val_size=10"]
+    # Images that only the probe has, and one that the encoder has seen, in every split of the probe's.
+    seen = images[random_split(300, 50, 0)[0][0]]
+    unseen = np.concatenate([255 - images[:200], np.repeat(seen[None], 100, 0)])
+    np.savez(tiny / "apart.npz", images=unseen, labels=labels)
+    given = [f"--frozen_encoder.run={folder}", f"--data.train_npz={tiny / 'apart.npz'}"]
     run("fit", "linear_probe", *given, "--frozen_encoder.other_data=true")
 
 

@@ -57,6 +57,21 @@ def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
     assert events.Scalars("val_sample/knn_accuracy")[-1].value > 0.5
 
 
+def test_views_that_are_too_alike_are_said_in_the_first_epoch(fit):
+    views = ["--model.positives=view"]
+    _, said = fit(*views, "--data.views=2", "--data.translate=0", "--data.color_jitter=0.01", "--model.lr=0.05")
+    assert said and "too alike to learn from" in said[0] and "data.crop_scale" in said[0]
+    _, said = fit(*views, "--data.views=2", "--data.translate=0", "--data.crop_scale=[0.2,1]", "--model.lr=0.05")
+    assert not said
+
+
+def test_views_that_hardly_tell_images_apart_are_said(fit):
+    views = ["--model.positives=view"]
+    views += ["--data.views=2", "--data.translate=0", "--data.crop_scale=[0.02,0.05]", "--model.lr=1e-9"]
+    _, said = fit(*views)
+    assert said and re.search("hardly tell images apart.*weaken the views", said[0])
+
+
 MARGIN = ["--model.loss=TripletMarginLoss", "--model.lr=1e-9"]
 
 

@@ -16,7 +16,7 @@ from reproduce import LADDER, PLAIN, Ladder, Step
 
 STAGES = [step.name for step in LADDER]
 SHORT = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--quiet")
-SMALL = {"triplet_encoder": ("--tsne.samples=60",), "supervised_encoder": ()}
+SMALL = {"triplet_encoder": ("--tsne.samples=60",), "supervised_encoder": (), "label_free_encoder": ()}
 SECOND = ("triplet_encoder_knn", "triplet_encoder_linear_probe")
 
 
@@ -101,12 +101,12 @@ def test_training_seconds_are_those_of_all_fits_that_a_stage_rests_on():
 
 def test_the_probes_read_the_runs_of_their_own_ladder(ladder, two_seeds):
     seed = ladder / "seed_0"
-    triplet, probe, supervised = (
-        seed / name / "version_0" for name in ("triplet_encoder", "linear_probe", "supervised_encoder")
-    )
+    names = ("triplet_encoder", "linear_probe", "supervised_encoder", "label_free_encoder", "label_free_probe")
+    triplet, probe, supervised, label_free, label_free_probe = (seed / name / "version_0" for name in names)
     read = {
         "random_encoder": triplet / "checkpoints/step0.ckpt", "linear_probe": triplet, "mlp_probe": triplet,
         "fine_tune": probe, "supervised_probe": supervised,
+        "label_free_probe": label_free, "label_free_mlp_probe": label_free, "label_free_fine_tuned": label_free_probe,
     }  # fmt: skip
     runs = {seed / name / "version_0": encoder for name, encoder in read.items()}
     second = two_seeds / "seed_1"
