@@ -29,7 +29,7 @@ from datamodules.loader import BatchLoader
 from lightning_modules.stage import of_views
 from main import keep_freed_memory
 
-PLAIN = ["--data.small_views=0", "--model.loss.init_args.decoupled=false", "--model.optimizer=sgd", "--model.lr=0.02"]
+PLAIN = ["--data.small_views=0", "--model.loss=SupConLoss", "--model.optimizer=sgd", "--model.lr=0.02"]
 PLAIN += ["--model.schedule=constant"]
 DRY_RUN = {"steps": 25, "peers": ["0 workers, 1 threads"]}
 PEERS = [f"{workers} workers, {threads} threads" for workers in (0, 1, 2) for threads in (1, 2)]

@@ -6,8 +6,8 @@
     python -m studies.recipes losses --out studies/losses            # fits that its fits.json has are not done again
 
 Each setting of recipes.yaml is a fit of configs/triplet_encoder.yaml with its options, then a linear probe. A study
-whose name begins with label_free changes configs/label_free_encoder.yaml. A row has the probe's best validation
-accuracy for each seed, the encoder's mean seconds, and what MiningMonitor warned of.
+whose name begins with label_free changes the recipe that configs/label_free_encoder.yaml came from. A row has the
+probe's best validation accuracy for each seed, the encoder's mean seconds, and what MiningMonitor warned of.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from errors import InputError
 from studies.common import Fits
 
 STUDIES = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text(encoding="utf-8"))
+LABEL_FREE_START = STUDIES.pop("label_free_start").split()
 DRY_RUN = {"epochs": 1, "rates": [0.1]}
 
 
@@ -37,14 +38,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def fitted(options: argparse.Namespace, config: str, given: list[str], seed: int, runs: Path) -> dict:
     """Fits encoder and probe; the probe's best validation accuracy, the encoder's seconds, and what was warned of."""
-    shared, start = ["--quiet", f"--seed_everything={seed}"], time.monotonic()
+    shared, began = ["--quiet", f"--seed_everything={seed}"], time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            encoder = fit(options, config, runs, *shared, f"--trainer.max_epochs={options.epochs}", *given)
+            start = [] if config == "triplet_encoder" else LABEL_FREE_START
+            encoder = fit(options, config, runs, *shared, f"--trainer.max_epochs={options.epochs}", *start, *given)
         except InputError as error:  # where the learning rate is too high for a loss
-            return {"val_accuracy": math.nan, "seconds": time.monotonic() - start, "said": [str(error)]}
-        seconds = time.monotonic() - start
+            return {"val_accuracy": math.nan, "seconds": time.monotonic() - began, "said": [str(error)]}
+        seconds = time.monotonic() - began
     said = [str(w.message) for w in caught if str(w.message).startswith("step ")]
     given = f"--frozen_encoder.run={encoder.run.folder}"
     best = fit(options, "linear_probe", runs, *shared, given).trainer.checkpoint_callback.best_model_score
