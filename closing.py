@@ -48,11 +48,12 @@ def after_evaluation(command: str, run: Path | None) -> str:
 def following(trainer: Trainer, run: Path, config: Namespace) -> str:
     """The command after a fit, ready to paste: a probe's, or the test (a validation, where there is no test file)."""
     data = trainer.datamodule
-    if not isinstance(trainer.lightning_module, TripletEncoder) or not data.labelled:
+    labelled = data is None or data.labelled  # there is none after processes that were spawned
+    if not isinstance(trainer.lightning_module, TripletEncoder) or not labelled:
         more = data_options(data, config.data) if Path.cwd() != PROJECT else []
         # A fit on an own training file needs no test file, and a test refuses to do without.
         own = [config.data.init_args.get(name) for name in ("train_npz", "test_npz")]
-        verb = "validate" if own[0] is not None and own[1] is None or not data.labelled else "test"
+        verb = "validate" if own[0] is not None and own[1] is None or not labelled else "test"
         return command(verb, "--config", shown(run / "config.yaml"), "--ckpt_path", shown(run), *more)
     images = len(data.split("train").labels)
     size = [f"--data.batch_size={images}"] if images < PROBE_BATCH else []

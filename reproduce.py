@@ -1,6 +1,6 @@
 """The whole ladder on one data set, from pixels to the contrastive encoder: a table and a page of what each step buys.
 
-    python reproduce.py --data digits                      # offline, about a minute
+    python reproduce.py --data digits                      # offline, about two minutes
     python reproduce.py --data-dir data                    # CIFAR-10: .npz files there, or a download
     python reproduce.py --data-dir data --seeds 3          # mean and standard deviation over three seeds
 

@@ -47,9 +47,11 @@ class TSNE(Callback):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         # An image takes up to six milliseconds: two layouts, and two passes through the network.
         samples = self.samples or max(100, min(1000, int(1.5 * (time.monotonic() - self._began))))
-        classes = labels.unique()
-        share = -(-samples // len(classes))
-        index = torch.cat([order[labels[order] == c][:share] for c in classes])[:samples]
+        rank = torch.empty_like(order)  # of an image among those of its class
+        for c in labels.unique():
+            own = labels[order] == c
+            rank[own] = torch.arange(int(own.sum()))
+        index = order[rank.argsort(stable=True)][:samples]
         images, labels = images[index].cpu(), labels[index].cpu()
         loader, encoder = trainer.datamodule.evaluation_loader("train", index), copy.deepcopy(pl_module.encoder).eval()
         with trainer.precision_plugin.forward_context():

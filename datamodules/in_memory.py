@@ -212,7 +212,7 @@ class InMemoryDataModule(LightningDataModule):
     @property
     def _fixed_views(self) -> list[Views]:
         """Two views of each image, beside it in an evaluation, for a stage that compares views."""
-        compared = getattr(self.trainer.lightning_module, "positives", None) == "view"
+        compared = getattr(getattr(self.trainer, "lightning_module", None), "positives", None) == "view"
         return [replace(self.views[0], count=2)] if compared and self.number_of_views > 1 else []
 
     @property

@@ -97,7 +97,7 @@ def test_a_benchmark_replaces_its_own_section_of_the_results(tmp_path, monkeypat
 
 def test_a_name_that_is_no_benchmark_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["all", "trainign"])
-    with pytest.raises(InputError, match="no benchmark trainign; there are training, losses"):
+    with pytest.raises(InputError, match="no benchmark trainign; there are training, views, losses"):
         importlib.import_module("benchmarks.all").main()
 
 

@@ -35,7 +35,7 @@ def test_no_image_is_in_two_splits(data):
     assert len(seen[0] & seen[1]) <= 10 and not seen[1] & seen[2] and not seen[0] & seen[2]
 
 
-@pytest.mark.parametrize("config, bar", [("logistic_regression", 0.81), ("softmax_regression", 0.41)])
+@pytest.mark.parametrize("config, bar", [("logistic_regression", 0.81), ("softmax_regression", 0.4)])
 def test_pixel_stages_reach_their_accuracy(cifar10, tmp_path, config, bar):
     common = ["--config", str(CONFIGS / f"{config}.yaml"), f"--data.root={cifar10}", "--trainer.accelerator=cpu"]
     common.append(f"--trainer.logger.save_dir={tmp_path}")

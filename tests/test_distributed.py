@@ -79,12 +79,17 @@ def test_every_loss_has_the_loss_and_gradient_of_one_process(tmp_path, alone, pr
 
 def test_main_starts_two_processes_which_fit_the_shipped_encoder_as_one(tmp_path):
     # In float32, rounding alone makes fits of one process on one thread and on two differ by 1 % of the accuracy within
-    # these 16 steps.
+    # these steps. In float64 it does so where two values tie in a max-pooling, as they do with split_seed 0.
     found = []
     for devices in (1, 2):
         runs = tmp_path / f"runs{devices}"
         command = ["fit", "--config", ROOT / "configs/triplet_encoder.yaml", *DIGITS, "--trainer.max_epochs=1"]
-        options = ["--model.lr=0.01", "--trainer.precision=64-true", f"--trainer.logger.save_dir={runs}"]
+        options = [
+            "--model.lr=0.01",
+            "--trainer.precision=64-true",
+            "--data.split_seed=1",
+            f"--trainer.logger.save_dir={runs}",
+        ]
         run_main(devices, *command, *options)
         (run,) = (runs / "triplet_encoder").iterdir()
         header, *rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]

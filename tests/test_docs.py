@@ -63,6 +63,8 @@ def images():
 def folder(tmp_path, tiny, images, monkeypatch):
     """A working folder with all data that the pages' commands name."""
     shutil.copytree(CONFIGS, tmp_path / "configs")
+    np.savez(tmp_path / "unlabelled.npz", images=255 - images)
+    np.savez(tmp_path / "labelled.npz", images=images, labels=np.arange(60) % 3)
     for name, file in (("train", "mine.npz"), ("test", "mine_test.npz")):
         np.savez(tmp_path / file, images=images, labels=np.arange(60) % 3)
         for kind in ("cat", "dog"):
@@ -83,7 +85,7 @@ def finished(tmp_path_factory):
 def run(args: list[str]) -> None:
     """Runs a command as it stands, on little data, in few steps and with small networks."""
     config = args[args.index("--config") + 1]
-    few = "10" if "mine.npz" in args or "own" in args else "50"
+    few = "10" if {"mine.npz", "own", "unlabelled.npz", "labelled.npz"} & {*args} else "50"
     network = [] if "--model.encoder" in args else small(config)
     main([*args, f"--data.val_size={few}", *(FIT if args[0] == "fit" else SMALL), *network])
 

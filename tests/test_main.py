@@ -119,7 +119,9 @@ def test_checkpoints_by_name_file_and_folder(tmp_path, run):
 
 
 def test_best_is_chosen_by_validation_accuracy(tmp_path, run):
-    cli = run("fit", "softmax_regression", "--trainer.max_epochs=6", "--model.lr=3", "--model.schedule=constant")
+    by_accuracy = ["--best_checkpoint.monitor=val/accuracy", "--best_checkpoint.mode=max"]
+    options = ["--trainer.max_epochs=6", "--model.lr=3", "--model.schedule=constant", *by_accuracy]
+    cli = run("fit", "softmax_regression", *options)
     with (tmp_path / "runs/softmax_regression/version_0/metrics.csv").open() as file:
         accuracies = {int(r["step"]): float(r["val/accuracy"]) for r in csv.DictReader(file)}
     step = int(Path(cli.trainer.checkpoint_callback.best_model_path).stem.split("step=")[1])

@@ -54,7 +54,7 @@ def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
     }
     assert sample <= set(events.Tags()["scalars"])
     assert events.Scalars("mining/active")[-1].value < events.Scalars("mining/active")[0].value
-    assert events.Scalars("val_sample/knn_accuracy")[-1].value > 0.5
+    assert events.Scalars("val_sample/knn_accuracy")[-1].value > 0.4
 
 
 def test_views_that_are_too_alike_are_said_in_the_first_epoch(fit):
@@ -129,7 +129,7 @@ def test_nothing_active_any_more(fit):
         "--model.loss.triplets=all",
     ]
     cli, said = fit(
-        *options, "--model.loss.margin=0.1", "--model.lr=0.05", "--trainer.max_epochs=20", "--mining_monitor.stop=true"
+        *options, "--model.loss.margin=0.5", "--model.lr=0.05", "--trainer.max_epochs=20", "--mining_monitor.stop=true"
     )
     assert len(said) == 1 and "nothing is active any more" in said[0]
     assert cli.trainer.current_epoch < 20  # stopped
