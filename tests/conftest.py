@@ -22,6 +22,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in longest)
 
 
+@pytest.fixture(autouse=True)
+def ranks():
+    """Takes back what Lightning's strategy ddp leaves in the environment. A later test that starts two processes would
+    wait for the second one for ever: where there is a LOCAL_RANK, Lightning takes it for started by somebody else."""
+    names = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 @pytest.fixture
 def tiny(tmp_path):
     """A folder with 300 training and 60 test images of the ten classes; each class has its own brightness."""
