@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,15 @@ def random_split(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     require(0 < size < count, "data.val_size", size, f"1..{count - 1}: there are {count} training images")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[size:].sort().values, order[:size].sort().values
+
+
+def check_classes(classes: list[int], names: Sequence[str]) -> None:
+    """Raises InputError unless `classes` are at least two different ones of those that `names` names."""
+    different = len(set(classes)) == len(classes) >= 2
+    require(different, "data.classes", classes, "at least two different classes, e.g. [0, 1]")
+    known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+    for i in classes:
+        require(0 <= i < len(names), "data.classes", classes, f"of {known}; {i} is not in the data")
 
 
 def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:

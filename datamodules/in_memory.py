@@ -9,7 +9,7 @@ from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from datamodules.arrays import ImageSet, image_digests, random_split, select_classes, sha256
+from datamodules.arrays import ImageSet, check_classes, image_digests, random_split, select_classes, sha256
 from datamodules.loader import BatchLoader, bytes_needed
 from datamodules.views import Views, views_of
 from errors import InputError, require
@@ -83,11 +83,7 @@ class InMemoryDataModule(LightningDataModule):
         super().__init__()
         names = tuple(names or self.CLASSES)
         if classes is not None:
-            different = len(set(classes)) == len(classes) >= 2
-            require(different, "data.classes", classes, "at least two different classes, e.g. [0, 1]")
-            known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-            for i in classes:
-                require(0 <= i < len(names), "data.classes", classes, f"of {known}; {i} is not in the data")
+            check_classes(classes, names)
         require(batch_size >= 1, "data.batch_size", batch_size, "at least 1")
         require(0 <= translate < 32, "data.translate", translate, "0..31 pixels")
         require(0 <= cutout <= 32, "data.cutout", cutout, "0..32 pixels")

@@ -61,8 +61,10 @@ class Views:
         return torch.stack([*box, mirrored, *factors, (u[10] < self.greyscale).float()], dim=1)
 
     def make(self, pixels: Tensor, drawn: Tensor) -> Tensor:
-        """Images (B, 32, 32, 3) uint8, or each of them `count` times, and what `draw` gave → (B · count, 3, size, size)
-        float32 in [0, 1], channels last in memory, image by image."""
+        """Images (B, 32, 32, 3) uint8, or each of them `count` times, and what `draw` gave → their views.
+
+        (B · count, 3, size, size) float32 in [0, 1], channels last in memory, image by image.
+        """
         x = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         x = resample(x.repeat_interleave(len(drawn) // max(1, len(x)), 0), drawn[:, :4], drawn[:, 4] > 0, self.size)
         if any(self.jitter) or self.greyscale:
@@ -109,9 +111,13 @@ def _weights(start: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
 def recolour(images: Tensor, factors: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] with other colours, as one affine map each, cut to [0, 1] at the end.
 
-    `factors` (B, 5), in this order: brightness b: x → b x; contrast c: towards the image's mean grey, c x + (1 − c) m;
-    saturation s: towards each pixel's grey; hue h: the colours turn by h turns about the axis of greys; the share of
-    colour that goes. All but hue are torchvision's `adjust_…`, which cuts after each.
+    `factors` (B, 5), in this order:
+    - brightness b: x → b x;
+    - contrast c: towards the image's mean grey m, c x + (1 − c) m;
+    - saturation s: towards each pixel's grey;
+    - hue h: the colours turn by h turns about the axis of greys;
+    - the share of colour that goes.
+    The first three are torchvision's `adjust_…`, which cuts to [0, 1] after each.
     """
     brightness, contrast, saturation, hue, grey = (x[:, None, None] for x in factors.unbind(1))
     flat, eye = images.flatten(2), torch.eye(3, device=images.device)
@@ -127,8 +133,10 @@ def recolour(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def hue_rotation(turns: Tensor) -> Tensor:
-    """(B, 1, 1) → the rotation (B, 3, 3) of red, green, blue about the axis of greys; a third of a turn makes red green
-    (O. Rodrigues's formula)."""
+    """(B, 1, 1) → the rotation (B, 3, 3) of red, green and blue about the axis of greys, by O. Rodrigues's formula.
+
+    A third of a turn makes red green.
+    """
     angle = 2 * math.pi * turns
     third, across = torch.full((3, 3), 1 / 3), torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / 3**0.5
     third, across, eye = (x.to(turns.device) for x in (third, across, torch.eye(3)))

@@ -76,8 +76,9 @@ def effective_rank(z: Tensor) -> Tensor:
 def view_statistics(features: Tensor) -> dict[str, float]:
     """What features (2 N, D) of two views of each image, behind each other, look like; no label is asked.
 
-    - view_alignment: mean of ‖x − y‖² over the two views of an image, on the unit sphere; view_uniformity: log of the
-      mean of exp(−2 ‖x − y‖²) over all pairs of images' first views (T. Wang & P. Isola, 2020, equations 2 and 3).
+    - view_alignment: mean of ‖x − y‖² over the two views of an image, on the unit sphere (T. Wang & P. Isola,
+      2020, equation 2).
+    - view_uniformity: log of the mean of exp(−2 ‖x − y‖²) over the first views of two images (equation 3).
     - effective_rank: of all features (see `effective_rank`), which tells without labels which of two encoders
       is better (Q. Garrido et al., "RankMe", 2023).
     """

@@ -9,9 +9,9 @@ from torch import Tensor
 class Muon(torch.optim.SGD):
     """torch's SGD, but in groups with a `muon_momentum` each step of a filter W (out, in · k · k) is orthogonalised.
 
-    Of the momentum with Nesterov's term, G = U S Vᵀ, the step is about U Vᵀ (K. Jordan et al., "Muon: An optimizer for
-    hidden layers in neural networks", 2024). W is first scaled to the Frobenius norm √out, which nothing but the step's
-    size depends on where BatchNorm follows (K. Jordan's airbench94_muon.py, 2024).
+    The momentum with Nesterov's term is G = U S Vᵀ. The step is about U Vᵀ (K. Jordan et al., "Muon: An optimizer
+    for hidden layers in neural networks", 2024). Before it, W is scaled to the Frobenius norm √out. Where BatchNorm
+    follows, that changes nothing but the size of the step beside W (K. Jordan's airbench94_muon.py, 2024).
     """
 
     @torch.no_grad()

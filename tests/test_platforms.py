@@ -155,7 +155,7 @@ def test_a_busy_program_beside_ours_gets_its_core_and_a_line_reports_it(beside_a
 
 @pytest.mark.skipif(
     not Path("/proc/stat").exists() or os.cpu_count() == 1,
-    reason="runs on Linux, which says what other programs use, with two cores or more",
+    reason="run it on Linux with two cores or more: other systems do not say what other programs use",
 )
 @pytest.mark.parametrize("environment, line", [({}, True), ({"OMP_PROC_BIND": "false"}, False)])
 def test_a_fit_beside_busy_programs_leaves_them_their_cores(tmp_path, tiny, environment, line):
