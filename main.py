@@ -46,11 +46,12 @@ def main(args: list[str] | None = None):
         return CLI(args, __doc__)
     except Exception as error:
         found = next((e for e in causes(error) if isinstance(e, InputError | MisconfigurationException)), None)
-        if found is None and refused_by_lightning(error):
-            found = error
-        if found is None:
-            raise
-        raise InputError(str(found)) from error
+        line = str(error if found is None else found)
+        if found is None and not refused_by_lightning(error):
+            if (callback := failing_callback(error)) is None:
+                raise
+            line = f"the callback {callback} does not work with this stage ({type(error).__name__}: {line})"
+        raise InputError(line) from error
 
 
 def refused_by_lightning(error: Exception) -> bool:
@@ -59,6 +60,17 @@ def refused_by_lightning(error: Exception) -> bool:
     name = frame.f_globals.get("__name__", "")
     kinds = RuntimeError | ValueError | TypeError | NotImplementedError | ImportError
     return isinstance(error, kinds) and name.startswith(("pytorch_lightning.", "lightning_fabric."))
+
+
+def failing_callback(error: Exception) -> str | None:
+    """The callback of Lightning's own that the error comes from, with nothing but PyTorch and Lightning below it."""
+    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "pytorch_lightning"):
+            return None
+        owner = type(frame.f_locals.get("self"))
+        if owner.__module__.startswith("pytorch_lightning.callbacks."):
+            return owner.__name__
+    return None
 
 
 def keep_freed_memory() -> None:

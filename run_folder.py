@@ -3,6 +3,7 @@
 import contextlib
 import os
 import warnings
+from itertools import accumulate
 from pathlib import Path
 
 from pytorch_lightning import Trainer
@@ -71,9 +72,14 @@ class Run:
 
     @classmethod
     def all(cls, runs: Path) -> list["Run"]:
-        """The runs in the folder `runs`, oldest first."""
-        found = [p for p in runs.glob("version_*") if p.is_dir() and p.name[8:].isdigit()]
-        return [cls(p) for p in sorted(found, key=lambda p: int(p.name[8:]))]
+        """The runs in the folder `runs`, oldest first: those of a number by it, those of another name by their time."""
+        folders = [p for p in runs.glob("*") if p.is_dir()]
+        numbered = [p for p in folders if p.name.startswith("version_") and p.name[8:].isdigit()]
+        numbered.sort(key=lambda p: int(p.name[8:]))
+        times = accumulate((cls(p).started for p in numbered), max)  # a copied folder's may be in any order
+        named = [p for p in folders if p not in numbered and (p / "checkpoints").is_dir()]
+        dated = [*zip(times, numbered), *((cls(p).started, p) for p in named)]
+        return [cls(p) for _, p in sorted(dated, key=lambda pair: pair[0])]
 
     @classmethod
     def newest(cls, runs: Path) -> "Run":
@@ -132,6 +138,11 @@ class Run:
         for folder in self._made:
             with contextlib.suppress(OSError):  # not empty: another run is in it
                 folder.rmdir()
+
+    @property
+    def started(self) -> float:
+        """When its first command started, in seconds since 1970."""
+        return (self.config if self.config.is_file() else self.folder).stat().st_mtime
 
     @property
     def finished(self) -> dict | None:

@@ -69,6 +69,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         for split, path in given.items():  # as `--data.test_npz=$UNSET` gives it
             require(path != "", f"data.{split}_npz", "''", "a file's name; leave the option out for the data set's own")
         self.npz = {split: path and local_path(path) for split, path in given.items()}
+        self.source = dataset if train_npz is None else f"{self.source} (data.train_npz)"
 
     def prepare_data(self) -> None:
         split = "test" if self.trainer.state.fn in ("test", "predict") else "train"
@@ -77,6 +78,8 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     def load(self, split: str) -> ImageSet:
         path = self._npz(split)
+        if split == "test" and self.npz["test"] is None:
+            self.fingerprint["images"] = self.source
         if path is None:
             dataset = self._torchvision(split, download=False)
             # torchvision's array is a view of channel-first data, whose batches would not be channels last in memory.

@@ -20,6 +20,8 @@ class DigitsDataModule(InMemoryDataModule):
         flip: mirror images while fitting; off, since a mirrored digit is another sign.
     """
 
+    source = "digits"
+
     def __init__(self, val_size: int = 360, batch_size: int = 128, flip: bool = False, **kwargs) -> None:
         super().__init__(val_size=val_size, batch_size=batch_size, flip=flip, names=NAMES, **kwargs)
         self.save_hyperparameters()

@@ -60,6 +60,7 @@ class InMemoryDataModule(LightningDataModule):
     CLASSES: Sequence[str] = ()
     test_files: list[str] | None = None  # the test images' own files, where they come from a folder
     train_place = "the training images"  # where they lie, for messages
+    source = "your own files"  # what the training images are
 
     def __init__(
         self,
@@ -95,8 +96,9 @@ class InMemoryDataModule(LightningDataModule):
         self.class_names = list(names) if classes is None else [names[i] for i in classes]
         self.num_classes = len(self.class_names)
         self.augments = flip or translate > 0 or cutout > 0 or bool(self.views)
-        # Which images are trained on: what a checkpoint carries and must agree on. The digests of the training images
-        # and of their labels are added when they are read, which `test` and `predict` do not.
+        # Which images are trained on: what a checkpoint carries and must agree on. `source` and the digests of images
+        # and labels are added when they are read, which `test` and `predict` do not. These add the `source` of test
+        # images that nobody has named.
         self.fingerprint: dict[str, str | int | None] = {"val_size": val_size, "split_seed": split_seed}
         self.labelled = True  # until training images without labels are read
         self._digests: Tensor | None = None
@@ -139,6 +141,7 @@ class InMemoryDataModule(LightningDataModule):
     def _cut(self) -> dict[str, ImageSet]:
         """Reads the training images and holds `val` out."""
         images = self.load("train")
+        self.fingerprint["images"] = self.source
         self.fingerprint["pixels_sha256"] = sha256(images.images)
         self.fingerprint["labels_sha256"] = None if images.labels is None else sha256(images.labels)
         if images.labels is None:

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from errors import InputError
 
-# What only labelled images have; it is compared where both sides have it.
-LABELS = ("class_names", "labels_sha256")
+# What only labelled images have, and the name of the data set; they are compared where both sides have them.
+WHERE_BOTH = ("class_names", "labels_sha256", "images")
 HINT = "start from the run's own --config RUN/config.yaml"
 
 
@@ -15,7 +15,7 @@ def agree(prefix: str, own: dict[str, Any], saved: Any) -> None:
     """Raises InputError where a checkpoint says something else than this command."""
     for name, value in own.items():
         found = saved.get(name) if isinstance(saved, dict) else None
-        if name in LABELS and name in (saved or {}) and not (found and value):
+        if name in WHERE_BOTH and name in (saved or {}) and not (found and value):
             continue
         if found != value:
             raise InputError(f"the checkpoint's {prefix}{name} is {found}, this command's is {value}; {HINT}")

@@ -1,9 +1,11 @@
 """The optimiser of every stage and its learning rate, in a fit that starts and in one that resumes."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from torch import nn
 
 from errors import InputError, require
@@ -96,12 +98,34 @@ class Optimization(FiniteLoss):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
         return {"optimizer": optimizer}
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps. (Trainer.estimated_stepping_batches would set the loaders up too early.)"""
+    def epoch_steps(self, epoch: int) -> int:
+        """Optimiser steps of an epoch. (Trainer.estimated_stepping_batches would set the loaders up too early.)"""
         limit, batches = self.trainer.limit_train_batches, self.trainer.datamodule.batches_per_epoch
         batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-        return -(-batches // self.trainer.accumulate_grad_batches)
+        varying = self._accumulation
+        of_epoch = varying.get_accumulate_grad_batches(epoch) if varying else self.trainer.accumulate_grad_batches
+        return -(-batches // of_epoch)
+
+    @property
+    def _accumulation(self) -> GradientAccumulationScheduler | None:
+        return next((c for c in self.trainer.callbacks if isinstance(c, GradientAccumulationScheduler)), None)
+
+    def _spans(self) -> Iterator[tuple[int, float, int]]:
+        """Epochs of equal length: the first one, the one after the last one, the steps of each."""
+        starts = self._accumulation.epochs if self._accumulation else [0]
+        for first, end in zip(starts, [*starts[1:], math.inf]):
+            yield first, end, self.epoch_steps(first)
+
+    def steps_of(self, epochs: int) -> int:
+        """Optimiser steps of the first so many epochs."""
+        return sum(max(0, min(end, epochs) - first) * length for first, end, length in self._spans())
+
+    def epochs_of(self, steps: int) -> int:
+        """How many whole epochs so many optimiser steps are."""
+        return sum(
+            min(end - first, max(0, steps - self.steps_of(first)) // max(1, length))
+            for first, end, length in self._spans()
+        )
 
     @property
     def total_steps(self) -> int:
@@ -109,32 +133,36 @@ class Optimization(FiniteLoss):
         epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
         if epochs == steps == -1:
             raise InputError("the triangular schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        by_epochs = self._offset + self.steps_per_epoch * (1000 if epochs is None else epochs)  # Lightning's default
+        by_epochs = self._offset + self.steps_of(1000 if epochs is None else epochs)  # Lightning's default
         return steps if epochs == -1 or -1 < steps < by_epochs else by_epochs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["schedule"] = {"steps_per_epoch": self.steps_per_epoch, "offset": self._offset}
+        step = self.trainer.global_step - self._offset
+        epochs = self.epochs_of(step)
+        place = {"epochs": epochs, "within": step - self.steps_of(epochs), "length": self.epoch_steps(epochs)}
+        checkpoint["schedule"] = place
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where the epochs of the fit that resumes start. Raises InputError within an epoch of another length."""
         saved, step = checkpoint.get("schedule"), checkpoint.get("global_step")
-        numbers = [step, *(saved.get(k) for k in ("steps_per_epoch", "offset"))] if isinstance(saved, dict) else [None]
-        require(all(type(n) is int for n in numbers), "the checkpoint's step and schedule", numbers, "whole numbers")
-        step, length, self._offset = numbers
-        if length != self.steps_per_epoch:
-            epochs, within = divmod(step - self._offset, max(1, length))
-            if within:
-                raise InputError(
-                    f"the checkpoint is {within} of {length} steps into an epoch, and this command's epochs have"
-                    f" {self.steps_per_epoch} steps: resume with the same data.batch_size and trainer options, or from"
-                    " a checkpoint of an epoch's end"
-                )
-            self._offset = step - epochs * self.steps_per_epoch
+        places = [saved.get(k) for k in ("epochs", "within", "length")] if isinstance(saved, dict) else [None]
+        valid = all(type(n) is int for n in (step, *places))
+        require(valid, "the checkpoint's step and schedule", (step, *places), "whole numbers")
+        epochs, within, length = places
+        if within and length != self.epoch_steps(epochs):
+            raise InputError(
+                f"the checkpoint is {within} of {length} steps into an epoch, and this command's epochs have"
+                f" {self.epoch_steps(epochs)} steps: resume with the same data.batch_size and trainer options, or from"
+                " a checkpoint of an epoch's end"
+            )
+        self._offset = step - within - self.steps_of(epochs)
 
     def on_train_start(self) -> None:
         super().on_train_start()
         trainer = self.trainer
+        if self._accumulation:  # sets it where an epoch starts, and a fit may resume within one
+            trainer.accumulate_grad_batches = self._accumulation.get_accumulate_grad_batches(trainer.current_epoch)
         if not trainer.ckpt_path or not trainer.global_step:
             return
         if len(trainer.optimizers) == 1 and "initial_lr" in trainer.optimizers[0].param_groups[0]:

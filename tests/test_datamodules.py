@@ -267,6 +267,19 @@ def test_own_training_images_need_their_own_test_images(tiny, run, refused, comm
     run(command, "softmax_regression", own, f"--data.test_npz={tiny / 'cifar10_test.npz'}", "--ckpt_path=best")
 
 
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_model_of_an_own_training_file_is_not_tested_on_cifar10_unasked(tiny, run, refused, command):
+    own = [f"--data.train_npz={tiny / 'cifar10_train.npz'}", f"--data.test_npz={tiny / 'cifar10_test.npz'}"]
+    run("fit", "softmax_regression", own[0])
+    words = ["data.images is your own files (data.train_npz), this command's is cifar10"]
+    refused(command, "softmax_regression", "--ckpt_path=best", words=words)
+    for options in (own, own[1:]):
+        run(command, "softmax_regression", "--ckpt_path=best", *options)
+    run("fit", "softmax_regression")  # and one of CIFAR-10 is tested on whatever images it is given
+    for options in ([], own[1:]):
+        run(command, "softmax_regression", "--ckpt_path=best", *options)
+
+
 def test_an_npz_may_hold_other_files_too(tiny, run):
     with zipfile.ZipFile(tiny / "cifar10_train.npz", "a") as archive:
         for name in ("README.txt", "images", "labels"):

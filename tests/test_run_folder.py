@@ -16,6 +16,8 @@ from errors import InputError
 from files import write
 from run_folder import Run
 
+STAGE = "softmax_regression"
+
 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
     with ThreadPoolExecutor(8) as pool:
@@ -52,6 +54,23 @@ def test_a_version_that_is_no_folder_is_refused_and_other_runs_stay(tmp_path, ru
     again = ["--trainer.logger.version=version_0", "--data.batch_size=0"]
     refused("fit", "softmax_regression", *again, words=["batch_size 0"])
     assert (tmp_path / "runs/softmax_regression/version_0/finished.json").is_file()
+
+
+def test_best_and_last_mean_the_newest_run_whatever_its_name(tmp_path, run):
+    def newest():
+        return run("test", STAGE, "--ckpt_path=best").run.folder.parent.name
+
+    run("fit", STAGE, "--trainer.logger.version=exp1")
+    assert newest() == "exp1"
+    run("fit", STAGE)
+    assert newest() == "version_0"
+    run("fit", STAGE, "--trainer.logger.version=a")
+    run("fit", STAGE, "--trainer.logger.version=7")
+    assert newest() == "version_7"
+    run("fit", STAGE, "--trainer.logger.version=exp0")
+    runs = tmp_path / "runs" / STAGE
+    os.utime(runs / "version_7" / "config.yaml", (0, 0))  # as after a copy
+    assert [run.folder.name for run in Run.all(runs)] == ["exp1", "version_0", "version_7", "a", "exp0"]
 
 
 def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path):

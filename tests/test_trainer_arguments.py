@@ -161,6 +161,28 @@ def test_callbacks(tmp_path, run, monkeypatch, stage, callback):
     assert not list(tmp_path.glob(".lr_find*"))
 
 
+def test_the_triangular_schedule_ends_where_a_varying_accumulation_does(tmp_path, run):
+    varying = ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={1: 4, 3: 2}"]
+    stage = "softmax_regression", PLAIN, "--model.schedule=triangular", *varying  # four batches an epoch
+    whole = run("fit", *stage, "--trainer.max_epochs=5")
+    assert whole.trainer.global_step == whole.model.total_steps == 4 + 1 + 1 + 2 + 2
+    assert [whole.model.epochs_of(step) for step in range(11)] == [0, 0, 0, 0, 1, 2, 3, 3, 4, 4, 5]
+    (config,) = whole.trainer.lr_scheduler_configs
+    assert set(config.scheduler.get_last_lr()) == {0}
+    run("fit", *stage, "--trainer.max_epochs=5", "--trainer.max_steps=7")  # within the fourth epoch
+    resumed = run("fit", *stage, "--trainer.max_epochs=5", "--ckpt_path=last")
+    assert resumed.trainer.global_step == resumed.model.total_steps == 10
+
+
+@pytest.mark.parametrize("stage, name, option, words", [
+    ("softmax_regression", "BackboneFinetuning", [], "callback BackboneFinetuning.*has no attribute 'backbone'"),
+    ("triplet_encoder", "ModelPruning", ["--trainer.callbacks.pruning_fn=l1_unstructured"], "callback ModelPruning"),
+])  # fmt: skip
+def test_a_callback_that_fails_on_a_stage_is_named_in_a_line(run, stage, name, option, words):
+    with pytest.raises(InputError, match=words):
+        run("fit", stage, PLAIN, f"--trainer.callbacks+={name}", *option)
+
+
 def test_several_loggers_share_the_runs_folder(tmp_path, run):
     save_dir = f"--trainer.logger.save_dir={tmp_path / 'runs'}"
     loggers = ["--trainer.logger+=CSVLogger", save_dir, "--trainer.logger+=DummyLogger"]
