@@ -16,6 +16,7 @@ DEBUG=1 shows the traceback behind an error's one line.
 """
 
 import ctypes
+import gc
 import logging
 import os
 import platform
@@ -42,6 +43,8 @@ def main(args: list[str] | None = None):
 
     keep_freed_memory()
     quiet_lightning()
+    if not gc.get_freeze_count():
+        gc.freeze()  # what the imports have made: the garbage collector takes a quarter of a second to walk all of it
     try:
         return CLI(args, __doc__)
     except Exception as error:

@@ -24,7 +24,8 @@ def expand_paths(config: Namespace) -> None:
 
 def runs_folder(config: Namespace) -> Path:
     """`<save_dir>/<name>` of the first logger that is given a save_dir; without one, in `default_root_dir` or `runs`.
-    The name defaults to the model's class, in snake case, or `label_free_encoder`."""
+    The name defaults to the model's class, in snake case, or `label_free_encoder`. The class of an encoder that nobody
+    trains comes before it."""
     named = [spec.init_args for spec in specs(config.trainer.logger) if spec.init_args.get("save_dir")]
     named.sort(key=lambda options: options.save_dir == RUNS)  # one that was given comes before the default
     logger, root = named[0] if named else {}, config.trainer.default_root_dir
@@ -33,6 +34,8 @@ def runs_folder(config: Namespace) -> Path:
         name = snake_case(model)
         if name == "triplet_encoder" and config.model.init_args.get("positives") == "view":
             name = "label_free_encoder"
+        if (encoder := config.frozen_encoder.encoder) is not None:
+            name = f"{snake_case(encoder.class_path.rsplit('.', 1)[-1])}_{name}"
     folder = logger.get("save_dir") or RUNS
     folder = root if root is not None and folder == RUNS else folder
     require("://" not in str(folder), "trainer.logger.save_dir", folder, "a folder of this machine's file system")

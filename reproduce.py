@@ -58,11 +58,13 @@ class Step:
 
 
 LOGISTIC, SOFTMAX = "logistic_regression", "softmax_regression"
-SUPERVISED, LABEL_FREE = "supervised_encoder", "label_free_encoder"
+SUPERVISED, LABEL_FREE, PATCHES = "supervised_encoder", "label_free_encoder", "random_patches_linear_probe"
 LADDER = (
     Step(LOGISTIC, LOGISTIC, LOGISTIC, report=0.8030, digits=(PLAIN, "--data.classes=[0,1]")),
     Step(SOFTMAX, SOFTMAX, SOFTMAX, report=0.3684, digits=(PLAIN, "--trainer.max_epochs=30")),
     Step("random_encoder_linear_probe", "linear_probe", "random_encoder", on="triplet_encoder", untrained=True),
+    Step("random_all_blocks_linear_probe", "linear_probe", "random_all_blocks", on=LABEL_FREE, untrained=True),
+    Step(PATCHES, PATCHES, PATCHES, digits=(PLAIN, "--frozen_encoder.encoder.patches=200")),
     Step("triplet_encoder_knn", "triplet_encoder", "triplet_encoder", metric="knn_accuracy", digits=()),
     Step("triplet_encoder_linear_probe", "linear_probe", "linear_probe", on="triplet_encoder", report=0.8315),
     Step("triplet_encoder_mlp_probe", "mlp_probe", "mlp_probe", on="triplet_encoder", report=0.875),

@@ -56,7 +56,7 @@ def step(options: argparse.Namespace) -> dict[str, float]:
         (views,) = next(batches)
         made_at = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16_is_native()):
-            z = model.head(of_views(model.encoder, views, data.batch_size))
+            z = model.head(model.read(of_views(model.encoder, views, data.batch_size)))
         optimizer.zero_grad()
         model.loss_function(z.float(), ids.repeat_interleave(len(z) // len(ids)), None).backward()
         optimizer.step()

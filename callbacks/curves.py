@@ -15,8 +15,8 @@ from run_folder import folder_of
 class Curves(Callback):
     """Writes `metrics.csv`, a row for every step at which something was measured, after every epoch.
 
-    Draws `curves.png` once a minute and at the end of the fit, when it goes to TensorBoard too. A resumed run keeps the
-    rows that are there.
+    Draws `curves.png` every two minutes and at the end of the fit, when it goes to TensorBoard too. A resumed run keeps
+    the rows that are there.
 
     Args:
         pictures: false: no `curves.png`.

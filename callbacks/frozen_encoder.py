@@ -9,7 +9,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 from pytorch_lightning.callbacks import StochasticWeightAveraging
 
 from checkpoint_file import load_checkpoint
-from errors import InputError, first_line
+from errors import InputError, first_line, require
 from lightning_modules.encoders.contract import Encoder, build_encoder, encoder_weights
 from lightning_modules.probe import Probe
 from run_folder import Run, resolve_checkpoint
@@ -29,6 +29,7 @@ class FrozenEncoder(Callback):
         cache: compute features once; false: in every step, with bit-identical results in float32.
         encoder_module: the Python module of an encoder class of your own. A checkpoint names its class and imports
             nothing.
+        encoder: an encoder that nobody trains, in place of a run's, such as RandomPatches.
         other_data: allow an encoder that was trained on other images, labels or classes; a line reports it. One that
             has seen the probe's validation images is refused always.
     """
@@ -39,16 +40,19 @@ class FrozenEncoder(Callback):
         cache: bool = True,
         encoder_module: str | None = None,
         runs: str | None = None,
+        encoder: Encoder | None = None,
         other_data: bool = False,
     ) -> None:
         import_encoder_module("frozen_encoder.encoder_module", encoder_module)
+        require(run is None or encoder is None, "frozen_encoder.run", run, "left out beside frozen_encoder.encoder")
+        self.encoder = encoder
         self.run, self.cache, self.runs, self.other_data = run, cache, Path(runs or "runs"), other_data
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Probe):
-            if self.run is not None:
-                name = type(pl_module).__name__
-                raise InputError(f"frozen_encoder.run {self.run}: {name} takes no encoder; only probes do")
+            given = self.run if self.encoder is None else type(self.encoder).__name__
+            if given is not None:
+                raise InputError(f"frozen_encoder {given}: {type(pl_module).__name__} takes no encoder; only probes do")
             return
         if stage != "fit" or pl_module.encoder is not None:
             return
@@ -56,15 +60,20 @@ class FrozenEncoder(Callback):
             raise InputError(f"{trainer.datamodule.train_place}: no labels; {pl_module.needs_labels}")
         if not pl_module.trains_encoder and any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):
             raise InputError("StochasticWeightAveraging would reset the frozen encoder's BatchNorm; leave it out")
-        runs = [self.runs / name for name in pl_module.starts_from]
-        newest = next((r for r in runs if any(run.finished is not None for run in Run.all(r))), runs[0])
-        path = resolve_checkpoint(self.run, newest) if self.run else Run.newest(newest).best()
-        checkpoint = load_checkpoint(path)
-        encoder = encoder_from_checkpoint(path, checkpoint).to(trainer.strategy.root_device)
-        other = check_data(path, checkpoint, trainer.datamodule, self.other_data)
-        if other and trainer.is_global_zero:
-            print(f"frozen_encoder.other_data: {path} has an encoder {other}")
-        pl_module.adopt(encoder, checkpoint)
+        data, encoder = trainer.datamodule, self.encoder
+        if encoder is not None:
+            encoder.run_as().initialize(data.split("train").images)
+            checkpoint = {"stage": {"module": None}, "data": data.fingerprint}
+        else:
+            runs = [self.runs / name for name in pl_module.starts_from]
+            newest = next((r for r in runs if any(run.finished is not None for run in Run.all(r))), runs[0])
+            path = resolve_checkpoint(self.run, newest) if self.run else Run.newest(newest).best()
+            checkpoint = load_checkpoint(path)
+            encoder = encoder_from_checkpoint(path, checkpoint)
+            other = check_data(path, checkpoint, data, self.other_data)
+            if other and trainer.is_global_zero:
+                print(f"frozen_encoder.other_data: {path} has an encoder {other}")
+        pl_module.adopt(encoder.to(trainer.strategy.root_device), checkpoint)
         # Lightning casts the whole stage later: the features are those of the weights that validate and test read.
         trainer.precision_plugin.convert_module(encoder)
         if self.cache and not pl_module.trains_encoder and not trainer.datamodule.augments:

@@ -50,7 +50,7 @@ class Progress(TQDMProgressBar):
         if every and step % every == 0 and step != self._looked_at:  # accumulated batches share a step
             self._loss, self._looked_at = float(outputs["logged_loss"]), step
             self._rate = self._images.measure() or self._rate
-        if trainer.is_last_batch or time.monotonic() - self._shown_at > 0.1:  # drawing may take longer than a step
+        if trainer.is_last_batch or time.monotonic() - self._shown_at > 0.2:  # drawing may take longer than a step
             self._shown_at = time.monotonic()
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

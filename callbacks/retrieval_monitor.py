@@ -21,9 +21,9 @@ class RetrievalMonitor(Callback):
     The queries are a sample of the validation images. The bank are the training images of the epoch's last steps,
     with the features they had then: augmented, under the weights and batch statistics of their step. That costs no
     pass through the network and is an estimate; `validate` and `test` compute the metrics in full. A figure of the
-    queries' two principal components goes into `pca.png` and to TensorBoard as `val_sample/pca`, once a minute and at
-    the end of the fit. Where an image's positives are its views, those of the queries give `view_statistics` too, and
-    the labels count in what is logged alone. Does nothing for other stages than TripletEncoder.
+    queries' two principal components goes into `pca.png` and to TensorBoard as `val_sample/pca`, every two minutes and
+    at the end of the fit. Where an image's positives are its views, those of the queries give `view_statistics` too,
+    and the labels count in what is logged alone. Does nothing for other stages than TripletEncoder.
 
     Args:
         queries: validation images, evenly spread over the split.
@@ -82,7 +82,7 @@ class RetrievalMonitor(Callback):
             mean = Mean(len(STATISTICS)).to(pl_module.device)
             mean.update(found.sum(0), len(found))
             metrics = retrieval_metrics(mean.compute())
-            pl_module.log("knn", metrics["knn_accuracy"], prog_bar=True, logger=False, sync_dist=True)
+            pl_module.log("val_sample/knn_accuracy", metrics.pop("knn_accuracy"), prog_bar=True, sync_dist=True)
         if pl_module.positives == "view":
             everyones = [x for x in gather_objects(views.flatten(0, 1).cpu()) if len(x)]
             metrics |= view_statistics(torch.cat(everyones))

@@ -1,7 +1,7 @@
 """Stages, encoders, losses and distances: what a config can name."""
 
 from lightning_modules.encoder_stage import EncoderStage
-from lightning_modules.encoders import FastEncoder, ReportEncoder, TorchvisionEncoder
+from lightning_modules.encoders import FastEncoder, RandomPatches, ReportEncoder, TorchvisionEncoder
 from lightning_modules.fine_tune import FineTune
 from lightning_modules.losses import (
     BatchLoss,

@@ -63,11 +63,11 @@ class TripletEncoder(EncoderStage):
         require(hidden, "model.z_hidden", z_hidden, "at least 1 beside a model.z_dim, or null")
         require(knn_k >= 1, "model.knn_k", knn_k, "at least 1")
         require(knn_temperature > 0, "model.knn_temperature", knn_temperature, "above 0")
-        self.head = projection_head(encoder.feature_dim, z_hidden, z_dim)
+        self.head = projection_head(encoder.head_dim, z_hidden, z_dim)
         self.loss_function, self.global_mining = loss, global_mining
         self.knn_k, self.knn_temperature = knn_k, knn_temperature
         self._queries: list[tuple[Tensor, Tensor]] = []
-        _try(loss, encoder.feature_dim if z_dim is None else z_dim)
+        _try(loss, encoder.head_dim if z_dim is None else z_dim)
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -102,11 +102,15 @@ class TripletEncoder(EncoderStage):
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeddings (B, z_dim)."""
-        return self.head(self.encoder(images))
+        return self.head(self.read(self.encoder(images)))
+
+    def read(self, features: Tensor) -> Tensor:
+        """Those of the features (N, D) that the projection head and nearest neighbours read."""
+        return features[:, : self.encoder.head_dim]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         views, labels = batch
-        features = of_views(self.encoder, views, len(labels))
+        features = self.read(of_views(self.encoder, views, len(labels)))
         targets = self.targets(labels, len(features) // len(labels))
         embeddings, everyones, first = self.gather(self.head(features), targets)
         loss = self.contrastive_loss(embeddings, everyones, self.step_seed)
@@ -140,8 +144,8 @@ class TripletEncoder(EncoderStage):
 
     def evaluation_step(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images, labels, *views = batch
-        features = self.encoder(images)
-        compared, targets = self.encoder(views[0]) if self.positives == "view" else features, labels
+        features = self.read(self.encoder(images))
+        compared, targets = self.read(self.encoder(views[0])) if self.positives == "view" else features, labels
         if self.positives == "view":
             targets = self.targets(labels, 2)
         embeddings = self.head(compared)
@@ -152,7 +156,7 @@ class TripletEncoder(EncoderStage):
         else:
             self.record(split, batch_idx, embeddings.sum(), targets)
         if self.trainer.state.fn != "fit" and self.trainer.datamodule.labelled:
-            self._queries.append((self.encoder.embed(images), labels))
+            self._queries.append((self.read(self.encoder.embed(images)), labels))
         return {"features": features, "views": compared}
 
     def on_validation_epoch_end(self) -> None:
@@ -178,14 +182,14 @@ class TripletEncoder(EncoderStage):
         data = self.trainer.datamodule
         with torch.inference_mode(), self.trainer.precision_plugin.forward_context():
             features = self.encoder.embed_all(data.evaluation_loader("train"), shifted=False)
-        return features, data.split("train").labels.to(self.device)
+        return self.read(features), data.split("train").labels.to(self.device)
 
     def on_predict_start(self) -> None:
         self._neighbours = self._bank()
 
     def predict_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         """The classes' shares (B, num_classes) of the votes of the nearest training images."""
-        features = self.encoder.embed(batch[0])
+        features = self.read(self.encoder.embed(batch[0]))
         return knn_probabilities(features, *self._neighbours, self.num_classes, self.knn_k, self.knn_temperature)
 
 

@@ -1,6 +1,7 @@
-"""Where the features are read: our linear probe on each place of a trained default encoder that a probe could read.
+"""Where the features are read: our linear probe on each place of an encoder's run that a probe could read.
 
     python -m studies.reading --encoder RUN [RUN ...]
+    python -m studies.reading --encoder RUN/checkpoints/step0.ckpt      # before its first training step
 
 The probe is that of configs/linear_probe.yaml, on the training images as they are. Its accuracy is that on validation
 images after the last epoch. There each image's values are the mean over the views that a probe's evaluation takes.
@@ -21,17 +22,18 @@ from checkpoint_file import load_checkpoint
 from datamodules.arrays import ImageSet
 from datamodules.loader import BatchLoader
 from lightning_modules.encoders.contract import Encoder, view
+from lightning_modules.encoders.fast import nine_parts
 from run_folder import resolve_checkpoint
 from studies.common import encoder_run
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    runs = "run folders or checkpoints of configs/triplet_encoder.yaml (default: newest in runs/triplet_encoder)"
+    runs = "run folders or checkpoints of a FastEncoder (default: newest in runs/triplet_encoder)"
     parser.add_argument("--encoder", nargs="+", help=runs)
 
 
 @torch.no_grad()
-def read(encoder: Encoder, head: Tensor, images: ImageSet, views: list[tuple[bool, int]]) -> dict[str, Tensor]:
+def read(encoder: Encoder, head: Tensor | None, images: ImageSet, views: list[tuple[bool, int]]) -> dict[str, Tensor]:
     """For each place (N, its width) float32, the mean over the views."""
     found: dict[str, list[Tensor]] = {}
     for batch, *_ in BatchLoader(*images, 500):
@@ -41,20 +43,27 @@ def read(encoder: Encoder, head: Tensor, images: ImageSet, views: list[tuple[boo
     return {place: torch.cat(x) for place, x in found.items()}
 
 
-def places(encoder: Encoder, head: Tensor, images: Tensor) -> dict[str, Tensor]:
+def places(encoder: Encoder, head: Tensor | None, images: Tensor) -> dict[str, Tensor]:
     blocks: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda *args: blocks.append(args[2])) for block in encoder.blocks]
-    features = encoder(images)
+    features = encoder(images)[:, : encoder.head_dim]
     for hook in hooks:
         hook.remove()
-    return {
+    mean, parts = blocks[2].mean((2, 3)), [nine_parts(block) for block in blocks]
+    found = {
         "second block, mean over its positions": blocks[1].mean((2, 3)),
-        "third block, mean over its positions": blocks[2].mean((2, 3)),
-        "third block, maximum over its positions: the features": features,
-        "features, each image's of length 1": F.normalize(features, dim=1),
-        "the projection head's embeddings": features @ head.T,
-        "embeddings of length 1, as the loss sees them": F.normalize(features @ head.T, dim=1),
+        "second block, means over 3×3 parts": parts[1],
+        "third block, mean over its positions": mean,
+        "third block, maximum over its positions": blocks[2].amax((2, 3)),
+        "third block, its 3×3 positions": parts[2],
+        "third block's mean, second block's 3×3 parts": torch.cat([mean, parts[1]], dim=1),
+        "third block's mean, 3×3 parts of both before": torch.cat([mean, parts[1], parts[0]], dim=1),
+        "what the head reads, each image's of length 1": F.normalize(features, dim=1),
     }
+    if head is not None:
+        found["the projection head's embeddings"] = features @ head.T
+        found["embeddings of length 1, as the loss sees them"] = F.normalize(features @ head.T, dim=1)
+    return found
 
 
 def accuracy(options: argparse.Namespace, encoder: Encoder, train: Tensor, val: Tensor) -> float:
@@ -73,7 +82,7 @@ def of_encoder(options: argparse.Namespace, folder: str) -> dict[str, float]:
     """The accuracy of each place of a run's encoder."""
     data, file = shipped(options, "linear_probe").data, resolve_checkpoint(folder, Path(folder).parent)
     checkpoint = load_checkpoint(file)
-    encoder, head = encoder_from_checkpoint(file, checkpoint), checkpoint["state_dict"]["head.weight"]
+    encoder, head = encoder_from_checkpoint(file, checkpoint), checkpoint["state_dict"].get("head.weight")
     train, val = (read(encoder, head, data.split(s), v) for s, v in (("train", [(False, 0)]), ("val", encoder.views)))
     return {place: accuracy(options, encoder, train[place], val[place]) for place in train}
 

@@ -3,12 +3,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from datamodules import CIFAR10DataModule, DigitsDataModule
 from datamodules.loader import BatchLoader
 from errors import InputError
 from lightning_modules import SupervisedEncoder
-from lightning_modules.encoders import ReportEncoder
+from lightning_modules.encoders import RandomPatches, ReportEncoder
 from lightning_modules.encoders.contract import Encoder, build_encoder, channel_statistics, view, view_list
 from lightning_modules.encoders.fast import FastEncoder, whitening_filters
 from lightning_modules.encoders.torchvision import TorchvisionEncoder
@@ -72,8 +73,10 @@ def test_grey_images_have_the_same_gradients_in_bfloat16():
         (FastEncoder, 256),
         (lambda: FastEncoder([8, 16, 24]), 24),
         (lambda: FastEncoder([8, 8, 16], residual=True), 16),
+        (lambda: FastEncoder([8, 8, 16], all_blocks=True), 160),
         (ReportEncoder, 32),
         (lambda: ReportEncoder(7), 7),
+        (lambda: RandomPatches(70), 560),
         (TorchvisionEncoder, 512),
         (lambda: TorchvisionEncoder("torchvision.models.mobilenet_v3_small", stem="imagenet"), 1024),
         (lambda: TorchvisionEncoder("vgg11", stem="imagenet", image_size=64), 4096),
@@ -89,6 +92,45 @@ def test_contract_and_rebuilding_from_the_spec(make, width):
     again = build_encoder(encoder.spec)
     again.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(again.eval()(x), encoder(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [32, 16])
+def test_all_blocks_are_averaged_over_nine_parts(size):
+    torch.manual_seed(0)
+    encoder = FastEncoder([4, 8, 16], pooling="mean", all_blocks=True).eval()
+    encoder.initialize(photos())
+    x, maps = torch.rand(2, 3, size, size), []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    features = encoder(x)
+    parts = [F.adaptive_avg_pool2d(m, 3).flatten(1) for m in maps[:2]]
+    torch.testing.assert_close(features, torch.cat([maps[2].mean((2, 3)), *parts], dim=1))
+    assert encoder.head_dim == 16
+
+
+def test_random_patches_respond_as_the_definition_says():
+    torch.manual_seed(0)
+    encoder = RandomPatches(patches=3, size=5, threshold=0.2).eval()
+    images = photos()
+    encoder.initialize(images)
+    x = images[:2].permute(0, 3, 1, 2).float() / 255
+    patches = F.unfold(x, 5).transpose(1, 2).double()  # (2, 28 · 28, 75)
+    patches = patches - patches.mean(2, keepdim=True)
+    patches = patches / (patches.square().mean(2, keepdim=True) + encoder.contrast_eps).sqrt()
+    response = patches @ encoder.weight.flatten(1).T.double() + encoder.bias
+    response = response.transpose(1, 2).unflatten(2, (28, 28))
+    halves = slice(0, 14), slice(14, 28)
+    expected = torch.stack([
+        (sign * response[:, :, rows, columns] - 0.2).clamp_min(0).mean((2, 3))
+        for sign in (1, -1) for rows in halves for columns in halves
+    ]).unflatten(0, (2, 4)).permute(2, 0, 3, 1).flatten(1)  # fmt: skip
+    torch.testing.assert_close(encoder(x).double(), expected, rtol=1e-3, atol=1e-4)
+    # Of all directions, a whitened patch lies closest to its own.
+    i, row, column = (int(v) for v in encoder.places[:, 0] * torch.tensor([len(images), 28, 28]))
+    own = (images[i, row : row + 5, column : column + 5].permute(2, 0, 1).float() / 255).flatten()
+    own = (own - own.mean()) / (own.var(correction=0) + encoder.contrast_eps).sqrt()
+    responses = encoder.weight.flatten(1) @ own + encoder.bias
+    torch.testing.assert_close(responses[0], responses.abs().max())
 
 
 def test_report_network_has_the_layers_of_the_digest():

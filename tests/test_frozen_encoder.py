@@ -235,3 +235,20 @@ def test_an_encoder_of_other_classes_images_or_split_is_refused(encoder_run, run
         np.savez(tiny / "cifar10_train.npz", images=255 - file["images"], labels=file["labels"])
     refused(*probe, words=["trained on other images"])
     refused("validate", "linear_probe", "--ckpt_path=best", words=["data.pixels_sha256"])
+
+
+def test_an_encoder_that_nobody_trains_needs_no_run(tmp_path, run, refused):
+    patches = ["--frozen_encoder.encoder=RandomPatches", "--frozen_encoder.encoder.patches=5"]
+    whole = run("fit", "linear_probe", *patches, "--trainer.max_epochs=2")
+    run("fit", "linear_probe", *patches, "--trainer.max_epochs=2", "--trainer.max_steps=5")  # within the second epoch
+    resumed = run("fit", "linear_probe", *patches, "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert resumed.run.folder == tmp_path / "runs/random_patches_linear_probe/version_1"
+    own, other = (cli.model.encoder.state_dict() for cli in (whole, resumed))
+    assert all(torch.equal(own[name], other[name]) for name in own) and own["weight"].abs().sum() > 0
+    again = ["--trainer.max_epochs=2", "--seed_everything=1", "--ckpt_path=last"]
+    refused("fit", "linear_probe", *patches, *again, words=["another encoder"])
+    run("test", "linear_probe", *patches, "--ckpt_path=best")
+    refused(
+        "fit", "linear_probe", *patches, f"--frozen_encoder.run={tmp_path}", words=["frozen_encoder.run", "left out"]
+    )
+    refused("fit", "softmax_regression", *patches, words=["RandomPatches", "takes no encoder"])

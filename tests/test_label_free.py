@@ -55,6 +55,17 @@ def test_four_forms_of_the_data_give_the_same_bits(tmp_path, forms, capsys):
         assert all(torch.equal(others[k], v) for k, v in weights.items()), name
 
 
+def test_the_first_blocks_are_read_by_probes_alone(tmp_path, forms, run):
+    one, other = (
+        fitted(tmp_path, name, *forms["labelled"], f"--model.encoder.init_args.all_blocks={read}")
+        for name, read in (("runs", "true"), ("last", "false"))
+    )
+    assert all(torch.equal(other[0].model.state_dict()[k], v) for k, v in one[0].model.state_dict().items())
+    assert one[0].trainer.callback_metrics == other[0].trainer.callback_metrics  # nearest neighbours too
+    for (_, folder), width in ((one, 8 + 9 * 16), (other, 8)):
+        assert run("fit", "linear_probe", f"--frozen_encoder.run={folder}").model.head.in_features == width
+
+
 def test_an_encoder_of_unlabelled_images_is_validated_and_probed_on_the_same_labelled(tmp_path, forms, run, refused):
     _, folder = fitted(tmp_path, "runs", *forms["unlabelled"])
     assert load_checkpoint(folder / "checkpoints/last.ckpt")["stage"]["class_names"] == []

@@ -56,6 +56,7 @@ def test_all_stages_have_a_config():
         "softmax_regression",
         "supervised_encoder",
         "label_free_encoder",
+        "random_patches_linear_probe",
         *PROBES,
     }
 

@@ -46,7 +46,7 @@ def test_a_healthy_fit_is_measured_and_nothing_is_said(fit, tmp_path):
     assert {f"mining/{n}" for n in names} <= set(events.Tags()["scalars"])
     assert {"mining/d_ap", "mining/d_an", "mining/spread_by_dimension"} <= set(events.Tags()["histograms"])
     assert not set(events.Tags()["scalars"]) & set(events.Tags()["histograms"])  # TensorBoard shows a tag as one kind
-    assert "knn" in cli.trainer.progress_bar_metrics
+    assert "val_sample/knn_accuracy" in cli.trainer.progress_bar_metrics
     assert len(events.Scalars("mining/active")) == 16
     sample = {
         f"val_sample/{n}"

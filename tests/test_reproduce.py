@@ -106,6 +106,7 @@ def test_the_probes_read_the_runs_of_their_own_ladder(ladder, two_seeds):
     read = {
         "random_encoder": triplet / "checkpoints/step0.ckpt", "linear_probe": triplet, "mlp_probe": triplet,
         "fine_tune": probe, "supervised_probe": supervised,
+        "random_all_blocks": label_free / "checkpoints/step0.ckpt",
         "label_free_probe": label_free, "label_free_mlp_probe": label_free, "label_free_fine_tuned": label_free_probe,
     }  # fmt: skip
     runs = {seed / name / "version_0": encoder for name, encoder in read.items()}

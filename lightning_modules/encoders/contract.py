@@ -27,6 +27,11 @@ class Encoder(nn.Module):
     feature_dim: int
     init_args: dict
 
+    @property
+    def head_dim(self) -> int:
+        """How many of the features, the first ones, a projection head and nearest neighbours read; probes read all."""
+        return self.feature_dim
+
     def __new__(cls, *args, **kwargs) -> "Encoder":
         encoder = super().__new__(cls)
         signature = inspect.signature(cls.__init__)

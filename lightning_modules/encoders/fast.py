@@ -24,6 +24,9 @@ class FastEncoder(Encoder):
         residual: a third conv-BN in every block, the last two bridged by a shortcut before the last GELU (airbench96,
             section 4 of the same paper).
         pooling: max or mean: what the last pooling takes.
+        all_blocks: append what the first two blocks give, averaged over 3×3 parts of the image, to the features.
+            Probes read it. A projection head and nearest neighbours do not, so it changes nothing in contrastive
+            training.
     """
 
     def __init__(
@@ -32,13 +35,15 @@ class FastEncoder(Encoder):
         whitening_eps: float = 1e-2,
         residual: bool = False,
         pooling: Literal["max", "mean"] = "max",
+        all_blocks: bool = False,
     ) -> None:
         super().__init__()
         require(len(widths) == 3, "FastEncoder widths", widths, "the widths of three blocks, e.g. [32, 64, 256]")
         require(min(widths) >= 1, "encoder widths", widths, "at least 1 each")
         require(whitening_eps > 0, "FastEncoder whitening_eps", whitening_eps, "above 0")
         require(pooling in ("max", "mean"), "FastEncoder pooling", pooling, "max or mean")
-        self.feature_dim, self.whitening_eps, self.pooling = widths[-1], whitening_eps, pooling
+        self.feature_dim = widths[-1] + (9 * sum(widths[:-1]) if all_blocks else 0)
+        self.widths, self.whitening_eps, self.pooling, self.all_blocks = widths, whitening_eps, pooling, all_blocks
         self.whiten = nn.Conv2d(3, 24, kernel_size=2)
         self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
@@ -55,10 +60,25 @@ class FastEncoder(Encoder):
         # Each direction in both signs, since the GELU behind it keeps one side (airbench94).
         self.whiten.weight.copy_(torch.cat([weight, -weight]))
 
+    @property
+    def head_dim(self) -> int:
+        return self.widths[-1]
+
     def features(self, images: Tensor) -> Tensor:
-        # Not AdaptiveMaxPool2d, whose gradient no GPU computes deterministically.
-        places = self.blocks(self.gelu(self.whiten(images))).flatten(2)
-        return places.mean(2) if self.pooling == "mean" else places.max(2).values
+        found, x = [], self.gelu(self.whiten(images))
+        for block in self.blocks:
+            x = block(x)
+            found.append(x)
+        # No adaptive poolings, whose gradients no GPU computes deterministically.
+        places = x.flatten(2)
+        last = places.mean(2) if self.pooling == "mean" else places.max(2).values
+        return torch.cat([last, *map(nine_parts, found[:-1])], dim=1) if self.all_blocks else last
+
+
+def nine_parts(maps: Tensor) -> Tensor:
+    """Maps (B, C, H, W) → (B, 9 C): the means over 3×3 parts, which overlap where 3 does not divide H = W."""
+    stride = maps.shape[-1] // 3
+    return F.avg_pool2d(maps, maps.shape[-1] - 2 * stride, stride).flatten(1)
 
 
 class GELU(nn.Module):
