@@ -36,6 +36,7 @@ def main(args: list[str] | None = None):
 
         return export(given[1:])
     first_reading()
+    starts = "torch" not in sys.modules  # a program, not a notebook with objects of its own
     os.environ.pop("MPLBACKEND", None)  # a notebook's is not installed here, and figures are drawn without one
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -43,7 +44,7 @@ def main(args: list[str] | None = None):
 
     keep_freed_memory()
     quiet_lightning()
-    if not gc.get_freeze_count():
+    if starts:
         gc.freeze()  # what the imports have made: the garbage collector takes a quarter of a second to walk all of it
     try:
         return CLI(args, __doc__)
@@ -53,7 +54,7 @@ def main(args: list[str] | None = None):
         if found is None and not refused_by_lightning(error):
             if (callback := failing_callback(error)) is None:
                 raise
-            line = f"the callback {callback} does not work with this stage ({type(error).__name__}: {line})"
+            line = f"the callback {callback} failed ({type(error).__name__}: {line})"
         raise InputError(line) from error
 
 
@@ -66,9 +67,13 @@ def refused_by_lightning(error: Exception) -> bool:
 
 
 def failing_callback(error: Exception) -> str | None:
-    """The callback of Lightning's own that the error comes from, with nothing but PyTorch and Lightning below it."""
+    """The callback of Lightning's own that the error comes from, with nothing but PyTorch and Lightning below it. None
+    where memory ran out, or another process has gone."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return None
     for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "pytorch_lightning"):
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("torch.", "pytorch_lightning.")) or name.startswith("torch.distributed"):
             return None
         owner = type(frame.f_locals.get("self"))
         if owner.__module__.startswith("pytorch_lightning.callbacks."):

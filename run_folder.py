@@ -72,13 +72,14 @@ class Run:
 
     @classmethod
     def all(cls, runs: Path) -> list["Run"]:
-        """The runs in the folder `runs`, oldest first: those of a number by it, those of another name by their time."""
+        """The runs in the folder `runs`, oldest first: those of a number by it, those of another name by their time. A
+        copy such as `version_0_backup` is none."""
         folders = [p for p in runs.glob("*") if p.is_dir()]
         numbered = [p for p in folders if p.name.startswith("version_") and p.name[8:].isdigit()]
         numbered.sort(key=lambda p: int(p.name[8:]))
         times = accumulate((cls(p).started for p in numbered), max)  # a copied folder's may be in any order
-        named = [p for p in folders if p not in numbered and (p / "checkpoints").is_dir()]
-        dated = [*zip(times, numbered), *((cls(p).started, p) for p in named)]
+        named = [p for p in folders if not p.name.startswith("version_") and (p / "checkpoints").is_dir()]
+        dated = [*((cls(p).started, p) for p in named), *zip(times, numbered)]
         return [cls(p) for _, p in sorted(dated, key=lambda pair: pair[0])]
 
     @classmethod
@@ -141,8 +142,12 @@ class Run:
 
     @property
     def started(self) -> float:
-        """When its first command started, in seconds since 1970."""
-        return (self.config if self.config.is_file() else self.folder).stat().st_mtime
+        """When its newest fit started, in seconds since 1970; 0 where nothing says so."""
+        times = [0.0]
+        for path in self.folder.glob("config*.yaml"):
+            with contextlib.suppress(OSError):  # another command has just discarded its folder
+                times.append(path.stat().st_mtime)
+        return max(times)
 
     @property
     def finished(self) -> dict | None:

@@ -8,6 +8,7 @@ are of the seconds of that one fit, not compared with another's.
 """
 
 import argparse
+import gc
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -25,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def rows(options: argparse.Namespace) -> Rows:
     size = "--data.val_size=157", "--data.batch_size=128", "--trainer.max_epochs=60"
     short = ["--data=DigitsDataModule", *size] if options.short else []
+    gc.freeze()  # as main.py does where it starts
     with tempfile.TemporaryDirectory() as folder:
         trainer = fit(options, "triplet_encoder", folder, "--trainer.profiler=SimpleProfiler", *short).trainer
         run_folder = Path(trainer.log_dir)

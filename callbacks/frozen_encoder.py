@@ -29,7 +29,7 @@ class FrozenEncoder(Callback):
         cache: compute features once; false: in every step, with bit-identical results in float32.
         encoder_module: the Python module of an encoder class of your own. A checkpoint names its class and imports
             nothing.
-        encoder: an encoder that nobody trains, in place of a run's, such as RandomPatches.
+        encoder: an encoder that no run has trained, in place of a run's, such as RandomPatches.
         other_data: allow an encoder that was trained on other images, labels or classes; a line reports it. One that
             has seen the probe's validation images is refused always.
     """

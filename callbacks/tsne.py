@@ -55,11 +55,12 @@ class TSNE(Callback):
         images, labels = images[index].cpu(), labels[index].cpu()
         loader, encoder = trainer.datamodule.evaluation_loader("train", index), copy.deepcopy(pl_module.encoder).eval()
         with trainer.precision_plugin.forward_context():
-            found = {"after training": encoder.embed_all(loader, single_view=True).cpu()}
+            found = {"after training": encoder.embed_all(loader, single_view=True)[:, : encoder.contrast_dim].cpu()}
             if (step0 := Run(folder).step0).is_file():
                 weights = load_checkpoint(step0)["state_dict"].items()
                 encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in weights if k.startswith("encoder.")})
-                found = {"before training": encoder.embed_all(loader, single_view=True).cpu(), **found}
+                before = encoder.embed_all(loader, single_view=True)[:, : encoder.contrast_dim].cpu()
+                found = {"before training": before, **found}
         if not all(x.std(0, correction=0).max() > 0 for x in found.values()):  # NaN too; scikit-learn survives neither
             rank_zero_warn("no tsne.png: the encoder gives every image the same features, or none that are finite")
             return

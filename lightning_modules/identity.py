@@ -6,16 +6,18 @@ from torch import Tensor, nn
 
 from errors import InputError
 
-# What only labelled images have, and the name of the data set; they are compared where both sides have them.
-WHERE_BOTH = ("class_names", "labels_sha256", "images")
+# What only labelled images have; it is compared where both sides have it.
+LABELS = ("class_names", "labels_sha256")
 HINT = "start from the run's own --config RUN/config.yaml"
 
 
 def agree(prefix: str, own: dict[str, Any], saved: Any) -> None:
     """Raises InputError where a checkpoint says something else than this command."""
     for name, value in own.items():
+        if name == "images" and "pixels_sha256" in own:  # which says more
+            continue
         found = saved.get(name) if isinstance(saved, dict) else None
-        if name in WHERE_BOTH and name in (saved or {}) and not (found and value):
+        if name in LABELS and name in (saved or {}) and not (found and value):
             continue
         if found != value:
             raise InputError(f"the checkpoint's {prefix}{name} is {found}, this command's is {value}; {HINT}")

@@ -101,7 +101,8 @@ class Probe(Stage):
             self.encoder_sha256 = stage.get("encoder_sha256")
         elif stage.get("encoder_sha256") != self.encoder_sha256:
             raise InputError(
-                "this probe was fitted on another encoder than this one; give the same --frozen_encoder.run"
+                "this probe was fitted on another encoder than this one; give the same --frozen_encoder.run, or the"
+                " same --seed_everything beside --frozen_encoder.encoder"
             )
         found = weights_sha256(encoder_weights(checkpoint["state_dict"]))
         if not self.trains_encoder and found != checkpoint.get("frozen_sha256"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -226,7 +227,8 @@ def takes_size(network: nn.Module, size: int) -> None:
     training = network.training
     try:
         with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, size, size, device=next(network.parameters()).device))
+            device = next(chain(network.parameters(), network.buffers())).device
+            network.eval()(torch.zeros(1, 3, size, size, device=device))
     except RuntimeError as error:
         name = type(network).__name__
         raise InputError(f"data.small_size {size}: {name} does not take such images ({first_line(error)})") from error

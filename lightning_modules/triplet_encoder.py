@@ -63,11 +63,11 @@ class TripletEncoder(EncoderStage):
         require(hidden, "model.z_hidden", z_hidden, "at least 1 beside a model.z_dim, or null")
         require(knn_k >= 1, "model.knn_k", knn_k, "at least 1")
         require(knn_temperature > 0, "model.knn_temperature", knn_temperature, "above 0")
-        self.head = projection_head(encoder.head_dim, z_hidden, z_dim)
+        self.head = projection_head(encoder.contrast_dim, z_hidden, z_dim)
         self.loss_function, self.global_mining = loss, global_mining
         self.knn_k, self.knn_temperature = knn_k, knn_temperature
         self._queries: list[tuple[Tensor, Tensor]] = []
-        _try(loss, encoder.head_dim if z_dim is None else z_dim)
+        _try(loss, encoder.contrast_dim if z_dim is None else z_dim)
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule
@@ -106,7 +106,7 @@ class TripletEncoder(EncoderStage):
 
     def read(self, features: Tensor) -> Tensor:
         """Those of the features (N, D) that the projection head and nearest neighbours read."""
-        return features[:, : self.encoder.head_dim]
+        return features[:, : self.encoder.contrast_dim]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         views, labels = batch

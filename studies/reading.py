@@ -46,7 +46,7 @@ def read(encoder: Encoder, head: Tensor | None, images: ImageSet, views: list[tu
 def places(encoder: Encoder, head: Tensor | None, images: Tensor) -> dict[str, Tensor]:
     blocks: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda *args: blocks.append(args[2])) for block in encoder.blocks]
-    features = encoder(images)[:, : encoder.head_dim]
+    features = encoder(images)[:, : encoder.contrast_dim]
     for hook in hooks:
         hook.remove()
     mean, parts = blocks[2].mean((2, 3)), [nine_parts(block) for block in blocks]

@@ -276,6 +276,7 @@ def test_a_model_of_an_own_training_file_is_not_tested_on_cifar10_unasked(tiny, 
     for options in (own, own[1:]):
         run(command, "softmax_regression", "--ckpt_path=best", *options)
     run("fit", "softmax_regression")  # and one of CIFAR-10 is tested on whatever images it is given
+    run("validate", "softmax_regression", "--ckpt_path=best", own[0])  # the same images under another name
     for options in ([], own[1:]):
         run(command, "softmax_regression", "--ckpt_path=best", *options)
 

@@ -105,7 +105,7 @@ def test_all_blocks_are_averaged_over_nine_parts(size):
     features = encoder(x)
     parts = [F.adaptive_avg_pool2d(m, 3).flatten(1) for m in maps[:2]]
     torch.testing.assert_close(features, torch.cat([maps[2].mean((2, 3)), *parts], dim=1))
-    assert encoder.head_dim == 16
+    assert encoder.contrast_dim == 16
 
 
 def test_random_patches_respond_as_the_definition_says():
@@ -125,12 +125,34 @@ def test_random_patches_respond_as_the_definition_says():
         for sign in (1, -1) for rows in halves for columns in halves
     ]).unflatten(0, (2, 4)).permute(2, 0, 3, 1).flatten(1)  # fmt: skip
     torch.testing.assert_close(encoder(x).double(), expected, rtol=1e-3, atol=1e-4)
-    # Of all directions, a whitened patch lies closest to its own.
+
+
+def test_random_patches_are_whitened():
+    torch.manual_seed(0)
+    encoder, images = RandomPatches(patches=3, size=5), photos()
+    encoder.initialize(images)
+    known = F.unfold(images.permute(0, 3, 1, 2).double() / 255, 5, stride=2).transpose(1, 2).flatten(0, 1)
     i, row, column = (int(v) for v in encoder.places[:, 0] * torch.tensor([len(images), 28, 28]))
-    own = (images[i, row : row + 5, column : column + 5].permute(2, 0, 1).float() / 255).flatten()
-    own = (own - own.mean()) / (own.var(correction=0) + encoder.contrast_eps).sqrt()
-    responses = encoder.weight.flatten(1) @ own + encoder.bias
-    torch.testing.assert_close(responses[0], responses.abs().max())
+    own = (images[i, row : row + 5, column : column + 5].permute(2, 0, 1).double() / 255).reshape(1, -1)
+    known, own = (
+        (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + encoder.contrast_eps).sqrt()
+        for x in (known, own)
+    )
+    variance, directions = torch.linalg.eigh(known.T.cov(correction=0))
+    whiten = directions @ torch.diag((variance + encoder.whitening_eps).rsqrt()) @ directions.T
+    weight = F.normalize((own - known.mean(0)) @ whiten) @ whiten
+    torch.testing.assert_close(encoder.weight[:1].flatten(1).double(), weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(encoder.bias[:1].double(), -weight @ known.mean(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_random_patches_keep_the_type_of_the_module(kind):
+    encoder, images = RandomPatches(patches=3), photos()
+    encoder.initialize(images)
+    x = torch.rand(2, 3, 32, 32)
+    expected, found = encoder(x), encoder.to(kind)(x)
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.02)
 
 
 def test_report_network_has_the_layers_of_the_digest():

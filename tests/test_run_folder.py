@@ -70,6 +70,7 @@ def test_best_and_last_mean_the_newest_run_whatever_its_name(tmp_path, run):
     run("fit", STAGE, "--trainer.logger.version=exp0")
     runs = tmp_path / "runs" / STAGE
     os.utime(runs / "version_7" / "config.yaml", (0, 0))  # as after a copy
+    shutil.copytree(runs / "version_0", runs / "version_0_backup")
     assert [run.folder.name for run in Run.all(runs)] == ["exp1", "version_0", "version_7", "a", "exp0"]
 
 

@@ -178,6 +178,14 @@ def test_positives_that_are_views_need_views(refused):
     )
 
 
+@pytest.mark.parametrize("options", [
+    ["--model.encoder=RandomPatches", "--model.encoder.patches=4", "--model.optimizer=sgd"],
+    ["--model.encoder.init_args.widths=[8,8,8]", "--data.small_size=10"],
+])  # fmt: skip
+def test_small_views_go_through_networks_of_few_places_and_without_weights(run, options):
+    assert run("fit", "label_free_encoder", "--pictures=false", *options).trainer.global_step == 4
+
+
 def test_views_must_differ(refused):
     plain = ["--data.crop_scale=null", "--data.color_jitter=0", "--data.greyscale=0"]
     refused("fit", "label_free_encoder", *plain, words=["views that differ", "data.crop_scale [0.2,1]"])

@@ -28,8 +28,9 @@ class Encoder(nn.Module):
     init_args: dict
 
     @property
-    def head_dim(self) -> int:
-        """How many of the features, the first ones, a projection head and nearest neighbours read; probes read all."""
+    def contrast_dim(self) -> int:
+        """How many of the features, the first ones, contrastive training compares: the projection head, the kNN
+        metrics and t-SNE read these. Probes and exported files have all."""
         return self.feature_dim
 
     def __new__(cls, *args, **kwargs) -> "Encoder":
@@ -103,7 +104,7 @@ class Encoder(nn.Module):
             ) from error
 
     def embed(self, images: Tensor, shifted: bool = True) -> Tensor:
-        """What kNN, pictures and a probe's evaluation read: (B, `feature_dim`) float32, the mean over the image's views
+        """What is read in evaluation: (B, `feature_dim`) float32, the mean over the image's views
         (without the shifted ones if `shifted` is False)."""
         views = self.views if shifted else view_list(bool(self.mirror), 0)
         return torch.stack([self(view(images, *which)).float() for which in views]).mean(0)
@@ -114,14 +115,17 @@ class Encoder(nn.Module):
 
         Every block has the loader's `batch_size` images, the last one filled up, since the rounding of the CPU's
         kernels may depend on the batch size."""
-        blocks = []
+        found, done = None, 0
         for images, *_ in loader:
             images = images.to(self.mean.device)  # from where they lie, if that is not beside the network
             missing = loader.batch_size - len(images)
             filled = torch.cat([images, images[:1].expand(missing, -1, -1, -1)]) if missing else images
             features = self(filled).float() if single_view else self.embed(filled, shifted)
-            blocks.append(features[: len(images)])
-        return torch.cat(blocks)
+            if found is None:  # not a list to be joined, which would take twice the memory
+                found = features.new_empty(loader.num_samples, features.shape[1])
+            found[done : done + len(images)] = features[: len(images)]
+            done += len(images)
+        return found
 
 
 def view_list(mirror: bool, shift: int) -> list[tuple[bool, int]]:

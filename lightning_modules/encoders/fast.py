@@ -25,8 +25,7 @@ class FastEncoder(Encoder):
             section 4 of the same paper).
         pooling: max or mean: what the last pooling takes.
         all_blocks: append what the first two blocks give, averaged over 3×3 parts of the image, to the features.
-            Probes read it. A projection head and nearest neighbours do not, so it changes nothing in contrastive
-            training.
+            Probes read it. Contrastive training compares the last block's features alone, so it does not change.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class FastEncoder(Encoder):
         self.whiten.weight.copy_(torch.cat([weight, -weight]))
 
     @property
-    def head_dim(self) -> int:
+    def contrast_dim(self) -> int:
         return self.widths[-1]
 
     def features(self, images: Tensor) -> Tensor:
@@ -77,6 +76,8 @@ class FastEncoder(Encoder):
 
 def nine_parts(maps: Tensor) -> Tensor:
     """Maps (B, C, H, W) → (B, 9 C): the means over 3×3 parts, which overlap where 3 does not divide H = W."""
+    while maps.shape[-1] < 3:
+        maps = maps.repeat_interleave(2, 2).repeat_interleave(2, 3)
     stride = maps.shape[-1] // 3
     return F.avg_pool2d(maps, maps.shape[-1] - 2 * stride, stride).flatten(1)
 

@@ -71,16 +71,17 @@ class RandomPatches(Encoder):
         return patches / (patches.square().mean(1, keepdim=True) + self.contrast_eps).sqrt()
 
     def features(self, images: Tensor) -> Tensor:
+        kind = images.dtype if images.dtype == torch.float64 else torch.float32
         with torch.autocast(images.device.type, enabled=False):  # a patch's mean is taken out after the convolution
-            images = images.float()
+            given, images = images.dtype, images.to(kind)
             grey, squares = images.mean(1, keepdim=True), images.square().mean(1, keepdim=True)
             mean = F.avg_pool2d(grey, self.size, 1)
             variance = F.avg_pool2d(squares, self.size, 1) - mean.square()
             inverse, found = (variance.clamp_min(0) + self.contrast_eps).rsqrt(), []
-            for weight, bias in zip(self.weight.float().split(BLOCK), self.bias.float().split(BLOCK)):
+            for weight, bias in zip(self.weight.to(kind).split(BLOCK), self.bias.to(kind).split(BLOCK)):
                 # A normalised patch's response from the raw one's, whose mean and deviation all weights share.
                 raw = F.conv2d(images, weight) - weight.flatten(1).sum(1).view(-1, 1, 1) * mean
                 response = raw * inverse + bias.view(-1, 1, 1)
                 for sign in (1, -1):
                     found.append(F.adaptive_avg_pool2d(F.relu(sign * response - self.threshold), 2).flatten(1))
-        return torch.cat(found, dim=1)
+        return torch.cat(found, dim=1).to(given)
