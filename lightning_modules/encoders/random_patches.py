@@ -14,10 +14,11 @@ class RandomPatches(Encoder):
     """How much each part of an image resembles `patches` random patches of training images; nothing is learned.
 
     Each patch is brought to mean 0 and variance 1, whitened (ZCA), and multiplied with the random patches, which are
-    treated the same and have length 1. What of a response r exceeds the threshold, max(0, r − α) and max(0, −r − α),
-    is averaged over each quarter of the image: `feature_dim` is 8 · `patches` (A. Coates & A. Ng, "The Importance of
-    Encoding Versus Training with Sparse Coding and Vector Quantization", 2011, "random patches" with soft threshold;
-    L. Thiry et al., "The Unreasonable Effectiveness of Patches in Deep Convolutional Kernels Methods", 2021).
+    treated the same and have length 1. What of a response r exceeds the threshold, max(0, r − α) and
+    max(0, −r − α), is averaged over each quarter of the image: `feature_dim` is 8 · `patches` (A. Coates & A. Ng,
+    "The Importance of Encoding Versus Training with Sparse Coding and Vector Quantization", 2011, "random patches"
+    with soft threshold; L. Thiry et al., "The Unreasonable Effectiveness of Patches in Deep Convolutional Kernels
+    Methods", 2021).
 
     Args:
         patches: how many.
@@ -51,12 +52,13 @@ class RandomPatches(Encoder):
     def initialize(self, images: Tensor) -> None:
         """Cuts the patches out of the training images (N, 32, 32, 3) uint8; mean and std stay 0 and 1, since each patch
         is normalised by itself."""
-        size, n = self.size, len(images)
-        known = self._normalised(images[:: max(1, n // 500)])  # some 10⁵ patches are enough for 3 · size² directions
+        size, n, images = self.size, len(images), images.cpu()  # Apple's GPUs have no float64
+        known = self._normalised(images[:: max(1, n // 500)])  # some 100,000 patches, for 3 · size² directions
         mean = known.mean(0)
         variance, directions = torch.linalg.eigh((known - mean).T.double() @ (known - mean).double() / len(known))
         whiten = (directions / (variance + self.whitening_eps).sqrt() @ directions.T).float()
-        of, row, column = (self.places * torch.tensor([[n], [33 - size], [33 - size]], device=images.device)).long()
+        ends = torch.tensor([[n], [33 - size], [33 - size]])
+        of, row, column = (self.places.cpu() * ends).long().minimum(ends - 1)  # a rounded share may be 1
         cut = torch.stack([images[i, y : y + size, x : x + size] for i, y, x in zip(of, row, column)])
         chosen = F.normalize((self._normalised(cut) - mean) @ whiten, dim=1)
         weight = chosen @ whiten  # what the whitened patch is multiplied with, as weights of the patch itself
@@ -64,8 +66,8 @@ class RandomPatches(Encoder):
         self.bias.copy_(-weight @ mean)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        """All patches of images (N, H, W, 3) uint8, at every other place: (M, 3 · size²), each with mean 0 and variance
-        1 but for `contrast_eps`."""
+        """All patches of images (N, H, W, 3) uint8, at every other place: (M, 3 · size²), each with mean 0 and
+        variance 1 but for `contrast_eps`."""
         patches = F.unfold(images.permute(0, 3, 1, 2).float() / 255, self.size, stride=2).transpose(1, 2).flatten(0, 1)
         patches = patches - patches.mean(1, keepdim=True)
         return patches / (patches.square().mean(1, keepdim=True) + self.contrast_eps).sqrt()
