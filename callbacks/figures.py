@@ -195,7 +195,7 @@ def draw_accuracies(rows: list[dict], title: str) -> Figure:
     marked = [(r["report"], i) for i, r in enumerate(rows) if r["report"] is not None]
     if marked:
         axes.plot(*zip(*marked), "D", color=COLOURS[1], label="report (validation)")
-        axes.legend(loc="center right", bbox_to_anchor=(1, 0.72))  # beside the short bars of the pixels' stages
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # above the bars, beside the title
     axes.set(xlabel="test accuracy", xlim=(0, 1.08), title=title)
     axes.invert_yaxis()
     return figure
