@@ -45,6 +45,10 @@ class FrozenEncoder(Callback):
     ) -> None:
         import_encoder_module("frozen_encoder.encoder_module", encoder_module)
         require(run is None or encoder is None, "frozen_encoder.run", run, "left out beside frozen_encoder.encoder")
+        whole = encoder is None or hasattr(encoder, "feature_dim")
+        require(
+            whole, "frozen_encoder.encoder", type(encoder).__name__, "one with a feature_dim, such as RandomPatches"
+        )
         self.encoder = encoder
         self.run, self.cache, self.runs, self.other_data = run, cache, Path(runs or "runs"), other_data
 

@@ -252,3 +252,5 @@ def test_an_encoder_that_nobody_trains_needs_no_run(tmp_path, run, refused):
         "fit", "linear_probe", *patches, f"--frozen_encoder.run={tmp_path}", words=["frozen_encoder.run", "left out"]
     )
     refused("fit", "softmax_regression", *patches, words=["RandomPatches", "takes no encoder"])
+    base = "--frozen_encoder.encoder=lightning_modules.encoders.contract.Encoder"
+    refused("fit", "linear_probe", base, words=["frozen_encoder.encoder Encoder", "feature_dim"])
