@@ -35,8 +35,8 @@ def after_fit(trainer: Trainer, run: Path | None, config: Namespace) -> str:
     if saved is not None and saved.best_model_score is not None:
         score = float(saved.best_model_score)
         lines.append(f"Best: {Path(saved.best_model_path).name}, {saved.monitor} {score:.4f}")
-    if trainer.checkpoint_callbacks:
-        lines.append(f"Next: {following(trainer, run, config)}")
+    if trainer.checkpoint_callbacks and (then := following(trainer, run, config)):
+        lines.append(f"Next: {then}")
     return "\n".join([*lines, look(run.parent.parent)])
 
 
@@ -46,7 +46,8 @@ def after_evaluation(command: str, run: Path | None) -> str:
 
 
 def following(trainer: Trainer, run: Path, config: Namespace) -> str:
-    """The command after a fit, ready to paste: a probe's, or the test (a validation, where there is no test file)."""
+    """The command after a fit, ready to paste: a probe's, or the test (a validation, where there is no test file, and
+    nothing where there are no validation images either)."""
     data = trainer.datamodule
     labelled = data is None or data.labelled  # there is none after processes that were spawned
     if not isinstance(trainer.lightning_module, TripletEncoder) or not labelled:
@@ -54,6 +55,8 @@ def following(trainer: Trainer, run: Path, config: Namespace) -> str:
         # A fit on an own training file needs no test file, and a test refuses to do without.
         own = [config.data.init_args.get(name) for name in ("train_npz", "test_npz")]
         verb = "validate" if own[0] is not None and own[1] is None or not labelled else "test"
+        if verb == "validate" and data is not None and not data.val_size:
+            return ""
         return command(verb, "--config", shown(run / "config.yaml"), "--ckpt_path", shown(run), *more)
     images = len(data.split("train").labels)
     size = [f"--data.batch_size={images}"] if images < PROBE_BATCH else []

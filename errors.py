@@ -40,6 +40,11 @@ def local_path(text: str | Path) -> Path:
     return Path(path)
 
 
+def printable(text: str | Path) -> str:
+    """A name as text in UTF-8: bytes that are none of any letter become escapes."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
 def first_line(error: BaseException) -> str:
     """What another library's exception says."""
     return (str(error).splitlines() or [type(error).__name__])[0]

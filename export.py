@@ -6,8 +6,8 @@
 
 The file takes images (B, 3, 32, 32) float32 in [0, 1], any B. Normalisation and the average over an image's views are
 inside; a safetensors file holds the weights alone. The file is compared with the run's own stage on up to 1,000 of the
-run's validation images, and it is removed where they differ by more than 1e-4. Its metadata hold the class names, the
-data's fingerprint, and how the encoder is built.
+run's validation images (training images where it held none out), and it is removed where they differ by more than 1e-4.
+Its metadata hold the class names, the data's fingerprint, and how the encoder is built.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def export(args: list[str] | None = None) -> Path:
     import_encoder_module("--encoder_module", options.encoder_module)
     path = resolve_checkpoint(options.ckpt_path, Path("runs"))
     checkpoint = load_checkpoint(path)
-    stage, images = _stage_and_images(path, checkpoint, options.data_root)
+    stage, data = restored(path, checkpoint, options.data_root)
+    images = data.split("val" if data.val_size else "train").images[:VERIFIED].permute(0, 3, 1, 2).float() / 255
     encoder, run = getattr(stage, "encoder", None), Run.of(path)
     if options.features and encoder is None:
         raise InputError(f"{path}: {type(stage).__name__} has no encoder; leave --features out")
@@ -68,8 +69,9 @@ def export(args: list[str] | None = None) -> Path:
         "class_names": json.dumps(stage.class_names),
         "data": json.dumps(checkpoint["data"]),
         "encoder": json.dumps(checkpoint["stage"].get("encoder")),
-        **({} if encoder is None else {"encoder_sha256": weights_sha256(encoder.state_dict())}),
     }
+    if encoder is not None:
+        metadata |= {"encoder_sha256": weights_sha256(encoder.state_dict()), "contrast_dim": str(encoder.contrast_dim)}
     own = encoder.embed if features else lambda x: stage.probabilities(stage(x))
     model = stage.predictor(features=features).eval().requires_grad_(False)
     try:
@@ -89,8 +91,8 @@ def export(args: list[str] | None = None) -> Path:
     return file
 
 
-def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tuple[Stage, Tensor]:
-    """The stage that a checkpoint's config describes, with its weights, and (≤ 1000, 3, 32, 32) validation images."""
+def restored(path: Path, checkpoint: dict, data_root: str | None) -> tuple[Stage, InMemoryDataModule]:
+    """The stage that a checkpoint's config describes, with its weights, and its data. Raises InputError for others."""
     try:
         config = yaml.safe_load(checkpoint["made_by"]["config"])
         config = {name: dict(config[name]) for name in ("model", "data")}
@@ -104,7 +106,7 @@ def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tu
         parser.add_subclass_arguments(InMemoryDataModule, "data", fail_untyped=False, required=True)
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         made = parser.instantiate_classes(parser.parse_object(config))
-        images = made.data.split("val").images
+        made.data.split("train")
         if made.data.fingerprint != checkpoint["data"]:
             raise InputError("these are not the images that the run was trained on")
         made.model.restore(checkpoint)
@@ -113,7 +115,7 @@ def _stage_and_images(path: Path, checkpoint: dict, data_root: str | None) -> tu
         cause = next((e for e in found if isinstance(e, InputError)), root)
         remedy = "where the run's data has moved, give --data_root"
         raise InputError(f"{path}: cannot be built from the config in it ({first_line(cause)}); {remedy}") from error
-    return made.model, images[:VERIFIED].permute(0, 3, 1, 2).float() / 255
+    return made.model, made.data
 
 
 def _onnx(model: nn.Module, file: Path, metadata: dict[str, str], example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -112,6 +112,7 @@ def quiet_lightning() -> None:
         r".*in eval mode at the start of training",  # the frozen encoder
         r".*The dirpath has changed from",  # test and predict write beside the checkpoints they read
         r".*Checkpoint directory .* exists and is not empty",  # a resumed run writes on in its folder
+        r"Total length of `list` across ranks is zero",  # data.val_size 0: no validation images
         r".*smaller than the logging interval",  # epochs are logged all the same
         r".*args parameter is intended to run from within Python",  # reproduce.py does
         r".*is not supported by the model summary",  # bf16: the size of the weights in MB is that of float32, as it is

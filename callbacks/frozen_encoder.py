@@ -82,9 +82,10 @@ class FrozenEncoder(Callback):
         trainer.precision_plugin.convert_module(encoder)
         if self.cache and not pl_module.trains_encoder and not trainer.datamodule.augments:
             with trainer.precision_plugin.forward_context():
-                loaders = [trainer.datamodule.evaluation_loader(split) for split in ("train", "val")]
-                features = encoder.embed_all(loaders[0], single_view=True), encoder.embed_all(loaders[1])
-            trainer.datamodule.cache_features(dict(zip(("train", "val"), features)))
+                features = {"train": encoder.embed_all(data.evaluation_loader("train"), single_view=True)}
+                if data.val_size:
+                    features["val"] = encoder.embed_all(data.evaluation_loader("val"))
+            data.cache_features(features)
 
 
 def check_data(path: Path, checkpoint: dict[str, Any], data: LightningDataModule, other_data: bool) -> str:

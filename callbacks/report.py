@@ -41,6 +41,8 @@ class Report(Callback):
             "data": f"{type(data).__name__}: {', '.join(options)}",
             "checkpoint": str(checkpoint),
         }
+        if not data.val_size:
+            facts["validation"] = "none: the fit had all training images, and its last checkpoint counts as the best"
         if {"seconds", "steps"} <= (fit := run.finished or {}).keys():
             facts["fit"] = f"{fit['seconds']:.0f} s, {fit['steps']:,} steps"
         shown = {name: path for name in FIGURES for path in (folder / name, run.folder / name) if path.is_file()}

@@ -5,7 +5,6 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,33 +69,17 @@ def sha256(array: Tensor) -> str:
 def image_digests(images: Tensor) -> Tensor:
     """(N, 32, 32, 3) uint8 → (N,) int64, by which an image is known again in any file: eight bytes of its BLAKE2."""
     digests = b"".join(hashlib.blake2b(image, digest_size=8).digest() for image in np.ascontiguousarray(images.numpy()))
-    return torch.frombuffer(bytearray(digests), dtype=torch.int64)
+    return torch.from_numpy(np.frombuffer(digests, np.int64).copy())
 
 
 def random_split(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Splits `count` indices into (rest, held_out) with `size` held out, at random; both sorted.
 
-    Raises InputError unless 0 < size < count.
+    Raises InputError unless 0 ≤ size < count.
     """
-    require(0 < size < count, "data.val_size", size, f"1..{count - 1}: there are {count} training images")
+    require(0 <= size < count, "data.val_size", size, f"0..{count - 1}: there are {count} training images")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[size:].sort().values, order[:size].sort().values
-
-
-def check_classes(classes: list[int], names: Sequence[str]) -> None:
-    """Raises InputError unless `classes` are at least two different ones of those that `names` names."""
-    different = len(set(classes)) == len(classes) >= 2
-    require(different, "data.classes", classes, "at least two different classes, e.g. [0, 1]")
-    known = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-    for i in classes:
-        require(0 <= i < len(names), "data.classes", classes, f"of {known}; {i} is not in the data")
-
-
-def select_classes(images: ImageSet, classes: list[int]) -> ImageSet:
-    """Keeps the images of `classes` and relabels them 0, 1, … in the order given."""
-    keep = torch.isin(images.labels, torch.tensor(classes))
-    labels = torch.full((max(classes) + 1,), -1).index_put((torch.tensor(classes),), torch.arange(len(classes)))
-    return ImageSet(images.images[keep], labels[images.labels[keep]])
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

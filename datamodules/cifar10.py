@@ -13,8 +13,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from datamodules.arrays import ImageSet, read_npz
 from datamodules.image_folder import image_files, read_images, say_counts, say_left_out
-from datamodules.in_memory import InMemoryDataModule, printable
-from errors import InputError, first_line, local_path, require
+from datamodules.in_memory import InMemoryDataModule
+from errors import InputError, first_line, local_path, printable, require
 
 SILENCE = 60  # seconds after which a server that sends nothing is given up; urllib waits for ever
 CIFAR100_CLASSES = tuple((

@@ -14,8 +14,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import center_crop, resize
 
 from datamodules.arrays import ImageSet
-from datamodules.in_memory import InMemoryDataModule, printable, say
-from errors import InputError, first_line, local_path, require
+from datamodules.in_memory import InMemoryDataModule, say
+from errors import InputError, first_line, local_path, printable, require
 
 # What Windows, macOS, Linux and network drives leave in folders; Thumbs.db and @eaDir hold small copies of the images.
 LEFT_THERE = (
@@ -49,7 +49,7 @@ class ImageFolderDataModule(InMemoryDataModule):
         wanted = "a folder with images of at least two classes in train/CLASS/, or without labels in train/ itself"
         require(len(names) != 1, "data.root", root, wanted)
         if val_size is None:
-            val_size = sum(len(image_files(place)) for place in places) // 10
+            val_size = max(1, sum(len(image_files(place)) for place in places) // 10)
         super().__init__(val_size=val_size, batch_size=batch_size, names=names, **kwargs)
         self.save_hyperparameters()
 

@@ -2,24 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from datamodules.arrays import ImageSet, check_classes, image_digests, random_split, select_classes, sha256
-from datamodules.loader import BatchLoader, bytes_needed
+from datamodules.arrays import ImageSet, image_digests, random_split, sha256
+from datamodules.labels import Labelling, check_labels
+from datamodules.loader import BatchLoader, bytes_needed, free_memory
 from datamodules.views import Views, views_of
-from errors import InputError, require
+from errors import InputError, printable, require
 
 NO_CLASS = -1  # the label of an image that has none
-
-
-def printable(text: str | Path) -> str:
-    """A name as text in UTF-8: bytes that are none of any letter become escapes."""
-    return str(text).encode(errors="backslashreplace").decode()
 
 
 @rank_zero_only
@@ -34,12 +29,13 @@ class InMemoryDataModule(LightningDataModule):
     A subclass names its classes in `CLASSES` (or as `names`, where they depend on its options), reads its two files in
     `load`, and passes on the options below. The validation split is cut from the training images at random, fixed by
     `split_seed`; it does not look at labels. `classes` then keeps the images of those classes in every split. The test
-    images are not read before `test` or `predict`. Training images without labels have NO_CLASS for a label each, and
-    the module no `class_names`.
+    images are not read before `test` or `predict`, and their labels are never noisy. Training images without labels
+    have NO_CLASS for a label each, and the module no `class_names`.
 
     Args:
         classes: keep these classes only, relabelled 0, 1, … in this order; [0, 1] leaves the first two.
-        val_size: training images held out for validation, counted before `classes` is applied.
+        val_size: training images held out for validation, counted before `classes` is applied. 0: none, for the last
+            fit of a recipe that was chosen by validation; such a fit does not validate.
         split_seed: fixes which images those are, apart from `seed_everything`.
         batch_size: global batch size, over all processes.
         flip: mirror images while fitting.
@@ -54,11 +50,17 @@ class InMemoryDataModule(LightningDataModule):
         small_views: further views of each image, of `small_size` pixels.
         small_size: their side.
         small_scale: as `crop_scale`, for them.
+        coarse: new classes, each with those of the data that it stands for: {vehicle: [0, 1, 8, 9], …}.
+        labels_per_class: keep so many training images of each class, and at most as many validation images.
+        label_noise: share of the training and validation labels that are wrong: another class at random.
+        label_confusions: pairs [a, b]; the wrong labels are then b where a is right, and no others.
+        label_seed: fixes which images these options choose.
         names: of all classes in the data; null: `CLASSES`.
     """
 
     CLASSES: Sequence[str] = ()
     test_files: list[str] | None = None  # the test images' own files, where they come from a folder
+    train_features: Tensor | None = None  # those of the training images, once they are cached
     train_place = "the training images"  # where they lie, for messages
     source = "your own files"  # what the training images are
 
@@ -78,13 +80,17 @@ class InMemoryDataModule(LightningDataModule):
         small_views: int = 0,
         small_size: int = 16,
         small_scale: list[float] = [0.08, 0.4],
+        coarse: dict[str, list[int]] | None = None,
+        labels_per_class: int | None = None,
+        label_noise: float = 0.0,
+        label_confusions: list[list[int]] | None = None,
+        label_seed: int = 0,
         names: Sequence[str] | None = None,
     ) -> None:
         options = {name: value for name, value in locals().items() if name not in ("self", "names", "__class__")}
         super().__init__()
         names = tuple(names or self.CLASSES)
-        if classes is not None:
-            check_classes(classes, names)
+        self.labelling = Labelling(names, classes, coarse, labels_per_class, label_noise, label_confusions, label_seed)
         require(batch_size >= 1, "data.batch_size", batch_size, "at least 1")
         require(0 <= translate < 32, "data.translate", translate, "0..31 pixels")
         require(0 <= cutout <= 32, "data.cutout", cutout, "0..32 pixels")
@@ -92,19 +98,16 @@ class InMemoryDataModule(LightningDataModule):
         self.batch_size, self.flip, self.translate, self.cutout = batch_size, flip, translate, cutout
         self.views = views_of(views, crop_scale, color_jitter, greyscale, small_views, small_size, small_scale, flip)
         self.save_hyperparameters(options)  # the defaults behind **kwargs too
-        self.names = names
-        self.class_names = list(names) if classes is None else [names[i] for i in classes]
+        self.names, self.class_names = names, self.labelling.class_names
         self.num_classes = len(self.class_names)
         self.augments = flip or translate > 0 or cutout > 0 or bool(self.views)
-        # Which images are trained on: what a checkpoint carries and must agree on. `source` and the digests of images
-        # and labels are added when they are read, which `test` and `predict` do not. These add the `source` of test
-        # images that nobody has named.
+        # What a checkpoint carries and must agree on. `_cut` adds the digests and the `source` of the training images;
+        # `test` and `predict`, which need not read these, add the `source` of test images that nobody has named.
         self.fingerprint: dict[str, str | int | None] = {"val_size": val_size, "split_seed": split_seed}
         self.labelled = True  # until training images without labels are read
         self._digests: Tensor | None = None
         self._sets: dict[str, ImageSet] = {}
         self._cached: dict[str, ImageSet] = {}  # features in place of images
-        self.train_features: Tensor | None = None  # those of the training images
         self._left: set[str] = set()  # splits that do not lie on the training device
 
     def load(self, split: str) -> ImageSet:
@@ -123,10 +126,22 @@ class InMemoryDataModule(LightningDataModule):
             self.split("train")
             if stage == "fit":
                 self._check_batch_size()
+            if not self.val_size:
+                self._do_without_validation(stage)
             shared = f"a multiple of the {self.trainer.world_size} processes, which share each batch"
             require(self.batch_size % self.trainer.world_size == 0, "data.batch_size", self.batch_size, shared)
         elif self.split("test").labels is None and stage == "test":
             raise InputError("the test file has no labels: it serves predict only; give data.test_npz one with labels")
+
+    def _do_without_validation(self, stage: str) -> None:
+        """Raises InputError where something in this command needs validations, of which there are none."""
+        needs = [type(c).__name__ for c in self.trainer.early_stopping_callbacks]
+        if stage == "validate":
+            needs = ["this command"]
+        elif self.trainer.lightning_module.hparams.get("schedule") == "plateau":
+            needs.append("model.schedule plateau")
+        if needs:
+            raise InputError(f"data.val_size 0: there are no validations, which {needs[0]} needs; hold some images out")
 
     def _check_batch_size(self) -> None:
         count = len(self.split("train").labels)
@@ -135,38 +150,29 @@ class InMemoryDataModule(LightningDataModule):
     def split(self, name: str) -> ImageSet:
         """The images and labels of `train`, `val` or `test`, read when first asked for."""
         if name not in self._sets:
-            self._sets.update({name: self._kept(name, self.load(name))} if name == "test" else self._cut())
+            self._sets |= self._cut() if name != "test" else {"test": self.labelling.of("test", self.load("test"))}
         return self._sets[name]
 
     def _cut(self) -> dict[str, ImageSet]:
         """Reads the training images and holds `val` out."""
-        images = self.load("train")
+        images, labelling = self.load("train"), self.labelling
         self.fingerprint["images"] = self.source
         self.fingerprint["pixels_sha256"] = sha256(images.images)
-        self.fingerprint["labels_sha256"] = None if images.labels is None else sha256(images.labels)
+        rest, held_out = random_split(len(images.images), self.val_size, self.split_seed)
         if images.labels is None:
-            require(self.classes is None, "data.classes", self.classes, "left out: the training images have no labels")
-            self.labelled, self.class_names = False, []
+            for name, value in labelling.given.items():
+                raise InputError(f"data.{name} {value}: must be left out: the training images have no labels")
+            self.labelled, self.class_names, self.fingerprint["labels_sha256"] = False, [], None
             images = ImageSet(images.images, torch.full((len(images.images),), NO_CLASS))
-        elif len(images.labels.unique()) < 2:
-            raise InputError("the training labels name only one class; at least two are needed")
-        rest, held_out = random_split(len(images.labels), self.val_size, self.split_seed)
-        missing = sorted({*images.labels.unique().tolist()} - {*images.labels[held_out].unique().tolist()})
-        if missing:
-            names = ", ".join(self.names[i] for i in missing[:10]) + (", …" if len(missing) > 10 else "")
-            say(f"data: {len(missing)} of the classes have no validation image: {names}; raise data.val_size")
-        parts = zip(("train", "val"), (rest, held_out))
-        return {name: self._kept(name, ImageSet(*(x[index] for x in images))) for name, index in parts}
-
-    def _kept(self, name: str, images: ImageSet) -> ImageSet:
-        """The images of `classes`, of each of which there must be some in `train` and in `val`."""
-        if self.classes is None or images.labels is None:
-            return images
-        images = select_classes(images, self.classes)
-        for label, count in zip(self.classes, images.labels.bincount(minlength=self.num_classes).tolist()):
-            there = count > 0 or name == "test"
-            require(there, "data.classes", self.classes, f"in every split; no image of class {label} is in {name}")
-        return images
+        elif report := check_labels(images.labels, held_out, self.names):
+            say(f"data: {report}")
+        parts = {name: ImageSet(*(x[i] for x in images)) for name, i in (("train", rest), ("val", held_out))}
+        if self.labelled:
+            parts = {name: labelling.of(name, part) for name, part in parts.items()}
+            altered = labelling.given.keys() - {"classes"}
+            labels = torch.cat([part.labels for part in parts.values()]) if altered else images.labels
+            self.fingerprint["labels_sha256"] = sha256(labels)
+        return parts
 
     @property
     def training_digests(self) -> Tensor:
@@ -202,7 +208,9 @@ class InMemoryDataModule(LightningDataModule):
         drawn["reshuffle"] = self.trainer.overfit_batches == 0
         return self._loader("train", *self._cached.get("train", self.split("train")), seed=self._seed, **drawn)
 
-    def val_dataloader(self) -> BatchLoader:
+    def val_dataloader(self) -> BatchLoader | list:
+        if not self.val_size:
+            return []
         return self._loader("val", *self._cached.get("val", self.split("val")), views=self._fixed_views)
 
     def test_dataloader(self) -> BatchLoader:
@@ -237,11 +245,3 @@ class InMemoryDataModule(LightningDataModule):
         inputs, labels = (None if x is None else x.to(place) for x in (inputs, labels))
         share = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         return BatchLoader(inputs, labels, self.batch_size, **share | options)
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes free on a GPU, those that PyTorch keeps for reuse among them; elsewhere the images lie in main memory."""
-    if device.type != "cuda":
-        return float("inf")
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept

@@ -204,6 +204,14 @@ def bytes_needed(
     return held + padded + batch_size * (32 * 32 * (2 * 8 + 2 * 4 + 3 * 3 + 3 * 4) + viewed)
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes free on a GPU, those that PyTorch keeps for reuse among them; elsewhere the images lie in main memory."""
+    if device.type != "cuda":
+        return float("inf")
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def _pad(images: Tensor, width: int) -> Tensor:
     """(N, 32, 32, 3) → (N, 32 + 2w, 32 + 2w) int32, reflected at the edges without repeating them.
 

@@ -48,6 +48,8 @@ class LinearProbeGrid(Probe):
         self.searching = stage == "fit"
         if self.searching and self.trainer.gradient_clip_val:
             raise InputError("trainer.gradient_clip_val: one norm over a grid would mix its settings; leave it out")
+        if self.searching and not self.trainer.datamodule.val_size:
+            raise InputError("data.val_size 0: a grid chooses by validation images; hold some out, or fit LinearProbe")
         super().setup(stage)
 
     def build_head(self, feature_dim: int) -> nn.Module:

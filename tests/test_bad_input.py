@@ -154,7 +154,7 @@ def test_unlabelled_test_images_serve_predict_only(tmp_path, tiny, run, refused)
     "options, words",
     [
         (["--data.val_size=300"], ["val_size 300", "300 training images"]),
-        (["--data.val_size=0"], ["val_size 0"]),
+        (["--data.val_size=-1"], ["val_size -1"]),
         (["--data.batch_size=251"], ["batch_size 251", "250 training images"]),
         (["--data.batch_size=0"], ["batch_size 0"]),
         (["--data.classes=[1,10]"], ["10 is not in the data", "0 airplane"]),

@@ -152,7 +152,7 @@ def test_a_file_gives_what_the_run_gives(fitted, images, kind, stage, capsys):
 
 
 def test_features_of_a_probe_are_its_encoders(fitted, capsys):
-    _, folder = fitted("linear_probe")
+    own, folder = fitted("linear_probe")
     file, _ = export(folder, "safetensors", capsys, "--features")
     from safetensors import safe_open
 
@@ -160,6 +160,7 @@ def test_features_of_a_probe_are_its_encoders(fitted, capsys):
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["gives"] == "features" and not any("head" in name for name in opened.keys())
         encoder_sha256 = opened.metadata()["encoder_sha256"]
+        assert opened.metadata()["contrast_dim"] == str(own.model.encoder.contrast_dim)
     encoder_file, _ = export(fitted("tiny_encoder")[1], "safetensors", capsys, f"--output={file.parent / 'own'}")
     with safe_open(encoder_file, "pt") as opened:
         assert opened.metadata()["encoder_sha256"] == encoder_sha256

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from worker import LOSSES
 
-from datamodules.arrays import ImageSet, random_split, read_npz, select_classes
+from datamodules.arrays import ImageSet, random_split, read_npz
+from datamodules.labels import select_classes
 from datamodules.loader import BatchLoader
 from errors import InputError
 
