@@ -6,7 +6,7 @@
     python -m studies.recipes losses --out studies/losses            # fits that its fits.json has are not done again
 
 Each setting of recipes.yaml is a fit of configs/triplet_encoder.yaml with its options, then a linear probe. A study
-whose name begins with label_free changes the recipe that configs/label_free_encoder.yaml came from. A row has the
+whose name begins with label_free changes configs/label_free_encoder.yaml, or what that came from. A row has the
 probe's best validation accuracy for each seed, the encoder's mean seconds, and what MiningMonitor warned of.
 """
 
@@ -24,7 +24,7 @@ from errors import InputError
 from studies.common import Fits
 
 STUDIES = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text(encoding="utf-8"))
-LABEL_FREE_START = STUDIES.pop("label_free_start").split()
+STARTS = STUDIES.pop("starts")
 DRY_RUN = {"epochs": 1, "rates": [0.1]}
 
 
@@ -42,8 +42,7 @@ def fitted(options: argparse.Namespace, config: str, given: list[str], seed: int
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            start = [] if config == "triplet_encoder" else LABEL_FREE_START
-            encoder = fit(options, config, runs, *shared, f"--trainer.max_epochs={options.epochs}", *start, *given)
+            encoder = fit(options, config, runs, *shared, f"--trainer.max_epochs={options.epochs}", *given)
         except InputError as error:  # where the learning rate is too high for a loss
             return {"val_accuracy": math.nan, "seconds": time.monotonic() - began, "said": [str(error)]}
         seconds = time.monotonic() - began
@@ -69,9 +68,10 @@ def rows(options: argparse.Namespace) -> Rows:
     fits, found = Fits(options), []
     for study in options.studies:
         config = "label_free_encoder" if study.startswith("label_free") else "triplet_encoder"
+        start = STARTS.get(study, "").split()
         for rate in options.rates or ([0.1, 0.5, 0.02] if study == "losses" else [None]):
             for name, changes in STUDIES[study].items():
-                given = changes.split() + ([] if rate is None else [f"--model.lr={rate}"])
+                given = [*start, *changes.split(), *([] if rate is None else [f"--model.lr={rate}"])]
                 row = {"study": study, "name": name, "lr": rate or "as configured"}
                 found.append(row | compared(fits, options, config, given))
     return found
