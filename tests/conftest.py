@@ -12,7 +12,8 @@ from errors import one_line
 from main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-LARGER = ["triplet_encoder_gpu", "triplet_encoder_hour"]  # the default encoder's config with more of everything
+# An encoder's config with more of everything.
+LARGER = sorted(p.stem for p in CONFIGS.glob("*_encoder_*.yaml"))
 STAGES = sorted({p.stem for p in CONFIGS.glob("*.yaml")} - set(LARGER))
 
 
