@@ -32,6 +32,7 @@ STAGES = {
     "logistic_regression": ["--data.classes=[0,1]", "--data.batch_size=20"],
     "linear_probe": [],
     "mlp_probe": ["--model.dropout=0.2", "--data.translate=1"],  # features are computed anew in every step
+    "random_patches_linear_probe": ["--frozen_encoder.encoder.init_args.patches=5"],
     "grid": ["--model=LinearProbeGrid"],
     "fine_tune": [],
 }
