@@ -64,7 +64,7 @@ def commands(found):
 
 @pytest.mark.parametrize("device", ["pretend", "travelling"])
 def test_every_stage_has_a_cpus_metrics_in_float64(commands, device):
-    assert len(commands["cpu"]) == 27 and len(commands[device]) == (27 if device == "pretend" else 6)
+    assert len(commands["cpu"]) == 30 and len(commands[device]) == (30 if device == "pretend" else 6)
     for name, found in commands[device].items():
         expected = commands["cpu"][name]
         assert found == (pytest.approx(expected, rel=1e-6) if isinstance(expected, dict) else expected) and found, name
