@@ -1,4 +1,4 @@
-"""The supervised upper bound: the same network trained with cross-entropy."""
+"""The supervised baseline: the same network trained with cross-entropy."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
