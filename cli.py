@@ -195,7 +195,7 @@ class CLI(LightningCLI):
         if self.run is not None and not self.run.config.exists():  # no step was asked for
             self.run.discard()
             self.run = None
-        self._say(closing.after_fit(self.trainer, self.run and self.run.folder, self.config.fit))
+        self._say(closing.after_fit(self.trainer, self.datamodule, self.run and self.run.folder, self.config.fit))
 
     def after_test(self) -> None:
         self._say(closing.after_evaluation(self.subcommand, self.run and self.run.folder))

@@ -26,7 +26,7 @@ VIEWS = ("views", "crop_scale", "color_jitter", "greyscale", "small_views", "sma
 AUGMENTATION = ("batch_size", "flip", "translate", "cutout", *VIEWS)  # a probe's config has its own
 
 
-def after_fit(trainer: Trainer, run: Path | None, config: Namespace) -> str:
+def after_fit(trainer: Trainer, data: InMemoryDataModule, run: Path | None, config: Namespace) -> str:
     """The lines after a fit; `run` is the folder that it has written into, if any."""
     saved = best_checkpoint(trainer)
     if run is None:
@@ -35,7 +35,7 @@ def after_fit(trainer: Trainer, run: Path | None, config: Namespace) -> str:
     if saved is not None and saved.best_model_score is not None:
         score = float(saved.best_model_score)
         lines.append(f"Best: {Path(saved.best_model_path).name}, {saved.monitor} {score:.4f}")
-    if trainer.checkpoint_callbacks and (then := following(trainer, run, config)):
+    if trainer.checkpoint_callbacks and (then := following(trainer, data, run, config)):
         lines.append(f"Next: {then}")
     return "\n".join([*lines, look(run.parent.parent)])
 
@@ -45,20 +45,17 @@ def after_evaluation(command: str, run: Path | None) -> str:
     return f"{command} ended; nothing is written" if run is None else f"{run}: {WRITTEN[command]}. {look(run.parent)}"
 
 
-def following(trainer: Trainer, run: Path, config: Namespace) -> str:
+def following(trainer: Trainer, data: InMemoryDataModule, run: Path, config: Namespace) -> str:
     """The command after a fit, ready to paste: a probe's, or the test (a validation, where there is no test file, and
     nothing where there are no validation images either)."""
-    data = trainer.datamodule
-    labelled = data is None or data.labelled  # there is none after processes that were spawned
-    if not isinstance(trainer.lightning_module, TripletEncoder) or not labelled:
+    if not isinstance(trainer.lightning_module, TripletEncoder) or not data.labelled:
         more = data_options(data, config.data) if Path.cwd() != PROJECT else []
-        # A fit on an own training file needs no test file, and a test refuses to do without.
-        own = [config.data.init_args.get(name) for name in ("train_npz", "test_npz")]
-        verb = "validate" if own[0] is not None and own[1] is None or not labelled else "test"
-        if verb == "validate" and data is not None and not data.val_size:
+        verb = "test" if data.has_test and data.labelled else "validate"
+        if verb == "validate" and not data.val_size:
             return ""
         return command(verb, "--config", shown(run / "config.yaml"), "--ckpt_path", shown(run), *more)
-    images = len(data.split("train").labels)
+    # Processes that were spawned have read the images, and this one has not.
+    images = PROBE_BATCH if trainer.datamodule is None else len(data.split("train").labels)
     size = [f"--data.batch_size={images}"] if images < PROBE_BATCH else []
     more = [*data_options(data, config.data), *size, "--frozen_encoder.run", shown(run)]
     return command("fit", "--config", shown(PROJECT / "configs" / "linear_probe.yaml"), *more)

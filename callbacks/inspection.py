@@ -37,13 +37,16 @@ class Inspection(Callback):
         require(bank >= 1, "inspection.bank", bank, "at least 1")
         self.bins, self.errors, self.neighbours, self.bank = bins, errors, neighbours, bank
         self.pictures = pictures
-        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._seen: list[tuple[Tensor, ...]] = []
 
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if trainer.state.fn != "fit" and not isinstance(pl_module, TripletEncoder):
             # Not all probabilities, which may be a thousand for each image.
             confidence, predicted = pl_module.probabilities(outputs["output"]).max(1)
-            self._seen.append((confidence.cpu(), predicted.cpu(), batch[1].cpu()))
+            loader = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
+            first = loader.block.start + batch_idx * loader.batch_size
+            index = torch.arange(first, first + len(predicted))
+            self._seen.append((index, confidence.cpu(), predicted.cpu(), batch[1].cpu()))
 
     on_test_batch_end = on_validation_batch_end
 
@@ -51,10 +54,9 @@ class Inspection(Callback):
         if trainer.state.fn == "fit" or isinstance(pl_module, TripletEncoder):
             return
         split = "val" if trainer.state.fn == "validate" else "test"
-        # Each process has a contiguous block of the images, so their order is the order of the ranks.
         blocks = [block for rank in gather_objects(self._seen) for block in rank]
         self._seen = []
-        confidence, predicted, labels = (torch.cat(parts) for parts in zip(*blocks))
+        index, confidence, predicted, labels = (torch.cat(parts) for parts in zip(*blocks))
         error = calibration_error(confidence, predicted == labels, self.bins)
         pl_module.log(f"{split}/ece", error, sync_dist=True)  # the same on every process
         if not self.pictures or not trainer.loggers or not trainer.is_global_zero:
@@ -69,7 +71,7 @@ class Inspection(Callback):
         if len(wrong):
             shown = [(plain(names[labels[i]]), plain(names[predicted[i]]), float(confidence[i])) for i in wrong]
             captions = [f"{true}\ntaken for {other}\n({sure:.2f})" for true, other, sure in shown]
-            gallery = self._gallery(trainer, pl_module, split, wrong, captions)
+            gallery = self._gallery(trainer, pl_module, split, index[wrong], captions)
             drawn["errors"] = draw_gallery(gallery, "most confident errors, each with the nearest training images")
         for name, figure in drawn.items():
             save(trainer, figure, f"{name}.png", f"{split}/{name}")
@@ -77,7 +79,7 @@ class Inspection(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def _gallery(self, trainer, pl_module, split: str, wrong: Tensor, captions: list[str]) -> list[list]:
-        """A row for each image of `wrong` (M,): itself and its caption, then its neighbours and their classes."""
+        """A row for each image number in `wrong` (M,): the image and its caption, its neighbours and their classes."""
         data, names = trainer.datamodule, pl_module.class_names
         rows = [[(image, caption)] for image, caption in zip(data.split(split).images[wrong], captions)]
         try:

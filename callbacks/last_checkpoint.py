@@ -60,7 +60,10 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
         accumulating, self._step = step == self._step, step
-        validates = sum(trainer.num_val_batches) > 0 and (batch_idx + 1) % trainer.val_check_batch == 0
+        if trainer.check_val_every_n_epoch is None:
+            batch_idx = trainer.fit_loop.epoch_loop.total_batch_idx
+        every = trainer.val_check_batch  # None where validations go by the clock
+        validates = every is not None and sum(trainer.num_val_batches) > 0 and (batch_idx + 1) % every == 0
         if trainer.is_last_batch or accumulating or validates:
             return  # the epoch's end follows, or the step's, or a validation, which a checkpoint before it would skip
         stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0

@@ -26,7 +26,7 @@ class PredictionWriter(Callback):
 
     def __init__(self, labels_only: bool = False, features: bool = False) -> None:
         self.labels_only, self.features = labels_only, features
-        self._blocks: list[tuple[Tensor, Tensor | None]] = []
+        self._blocks: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "predict":
@@ -40,26 +40,29 @@ class PredictionWriter(Callback):
         if self.features:
             with trainer.precision_plugin.forward_context():
                 features = pl_module.encoder.embed(batch[0]).cpu()
-        self._blocks.append((outputs.cpu(), features))
+        first = trainer.predict_dataloaders.block.start + batch_idx * trainer.predict_dataloaders.batch_size
+        self._blocks.append((torch.arange(first, first + len(outputs)), outputs.cpu(), features))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Each process has a contiguous block of the images, so their order is the order of the ranks.
+        # Each process has a contiguous block of the images, so their order is the order of the ranks. `index` has gaps
+        # where `limit_predict_batches` ends the blocks early.
         blocks = [block for rank in gather_objects(self._blocks) for block in rank]
         self._blocks = []
         if (folder := folder_of(trainer)) is None:
             return
-        outputs, features = zip(*blocks)
+        index, outputs, features = zip(*blocks)
+        index = torch.cat(index).tolist()
         probabilities, labels = torch.cat(outputs).max(1)
         if self.features:
             arrays = {"features": torch.cat(features).numpy()}
             write(folder / "features.npz", lambda file: np.savez(file, **arrays))
         names, files = pl_module.class_names, trainer.datamodule.test_files
         columns = {
-            "index": range(len(labels)),
+            "index": index,
             "label": labels.tolist(),
             "class_name": [names[label] for label in labels.tolist()],
             "probability": [f"{p:.6f}" for p in probabilities.tolist()],
-            **({"file": files} if files else {}),
+            **({"file": [files[i] for i in index]} if files else {}),
         }
         text = io.StringIO()
         rows = zip(columns["label"]) if self.labels_only else [columns, *zip(*columns.values())]

@@ -19,14 +19,8 @@ from errors import InputError, first_line, local_path, printable, require
 
 # What Windows, macOS, Linux and network drives leave in folders; Thumbs.db and @eaDir hold small copies of the images.
 LEFT_THERE = (
-    "thumbs.db",
-    "desktop.ini",
-    "__macosx",
-    "@eadir",
-    "$recycle.bin",
-    "system volume information",
-    "lost+found",
-)
+    "thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found",
+)  # fmt: skip
 
 
 class ImageFolderDataModule(InMemoryDataModule):
@@ -51,6 +45,7 @@ class ImageFolderDataModule(InMemoryDataModule):
         if val_size is None:
             val_size = max(1, sum(len(image_files(place)) for place in places) // 10)
         super().__init__(val_size=val_size, batch_size=batch_size, names=names, **kwargs)
+        self.has_test = (self.root / "test").is_dir()
         self.save_hyperparameters()
 
     def load(self, split: str) -> ImageSet:

@@ -71,6 +71,8 @@ class Optimization(FiniteLoss):
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.hparams
         groups = self.parameter_groups()
+        if not any(group["params"] for group in groups):
+            raise InputError(f"{type(self).__name__}: no weight in it can be trained; choose another encoder or a head")
         if options.optimizer == "muon":
             own = any("lr" in group for group in groups)
             require(not own, "model.optimizer", "muon", f"another: a part of {type(self).__name__} has its own rate")
@@ -133,7 +135,7 @@ class Optimization(FiniteLoss):
         epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
         if epochs == steps == -1:
             raise InputError("the triangular schedule needs an end: give --trainer.max_epochs or --trainer.max_steps")
-        by_epochs = self._offset + self.steps_of(1000 if epochs is None else epochs)  # Lightning's default
+        by_epochs = self._offset + self.steps_of(epochs)
         return steps if epochs == -1 or -1 < steps < by_epochs else by_epochs
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

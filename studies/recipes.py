@@ -20,7 +20,8 @@ from pathlib import Path
 import yaml
 
 from benchmarks.common import Rows, fit, run
-from errors import InputError
+from errors import InputError, causes
+from lightning_modules.finite_loss import LossNotFinite
 from studies.common import Fits
 
 STUDIES = yaml.safe_load((Path(__file__).parent / "recipes.yaml").read_text(encoding="utf-8"))
@@ -43,7 +44,9 @@ def fitted(options: argparse.Namespace, config: str, given: list[str], seed: int
         warnings.simplefilter("always")
         try:
             encoder = fit(options, config, runs, *shared, f"--trainer.max_epochs={options.epochs}", *given)
-        except InputError as error:  # where the learning rate is too high for a loss
+        except InputError as error:
+            if not any(isinstance(e, LossNotFinite) for e in causes(error)):  # the rate is too high for this loss
+                raise
             return {"val_accuracy": math.nan, "seconds": time.monotonic() - began, "said": [str(error)]}
         seconds = time.monotonic() - began
     said = [str(w.message) for w in caught if str(w.message).startswith("step ")]

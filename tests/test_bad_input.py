@@ -198,6 +198,13 @@ def test_unknown_key_in_a_config_file(tmp_path, refused):
     refused("fit", "softmax_regression", f"--config={tmp_path / 'broken.yaml'}", words=["a --config file", "line 2"])
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_an_encoder_without_weights_needs_a_head(refused, optimizer):
+    nothing = ["--model.encoder=RandomPatches", "--model.encoder.patches=4", "--model.z_dim=null"]
+    given = [*nothing, f"--model.optimizer={optimizer}"]
+    refused("fit", "triplet_encoder", *given, words=["TripletEncoder", "no weight in it can be trained"])
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_without_a_checkpoint_nothing_is_evaluated(command, refused):
     refused(command, "softmax_regression", words=["--ckpt_path best|last|FILE|RUN_FOLDER"])

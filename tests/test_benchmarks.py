@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from errors import InputError
+from lightning_modules.finite_loss import LossNotFinite
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = (
@@ -133,6 +135,21 @@ def test_a_study_called_again_fits_nothing_anew(tmp_path, common, monkeypatch):
     monkeypatch.setattr(recipes, "fit", None)
     assert common.measured("studies.recipes", given) == first
     assert json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["studies.recipes"] == first
+
+
+def test_a_study_keeps_no_fit_that_a_user_error_ended(tmp_path, common, monkeypatch):
+    recipes = importlib.import_module("studies.recipes")
+    errors = iter([InputError("no such data"), *[LossNotFinite("the loss is nan")] * 3])
+
+    def fails(*args):
+        raise next(errors)
+
+    monkeypatch.setattr(recipes, "fit", fails)
+    given = ["smoothing", "--dry-run", "--out", str(tmp_path)]
+    with pytest.raises(InputError, match="no such data"):
+        common.measured("studies.recipes", given)
+    assert not (tmp_path / "fits.json").exists()
+    assert all(math.isnan(row["mean"]) for row in common.measured("studies.recipes", given))
 
 
 def test_neighbours_and_metrics_agree_with_the_peers(common):

@@ -45,13 +45,15 @@ def test_two_processes_report_an_error_once(tmp_path):
     assert code == 2 and error.count("no intact CIFAR-10") == 1
 
 
-def test_processes_that_are_spawned_write_the_runs_folder(tmp_path, tiny):
+@pytest.mark.parametrize("stage, then", [(STAGE, "test"), ("triplet_encoder", "fit")])
+def test_processes_that_are_spawned_write_the_runs_folder(tmp_path, tiny, stage, then):
     spawn = ["--trainer.devices=2", "--trainer.strategy=ddp_spawn", PLAIN]
-    code, out, error = command(tmp_path, "fit", *arguments(tmp_path, STAGE, *spawn))
+    small = ["--model.encoder.init_args.widths=[8,8,8]"] if stage == "triplet_encoder" else []
+    code, out, error = command(tmp_path, "fit", *arguments(tmp_path, stage, *spawn, *small))
     assert code == 0, error
-    folder = tmp_path / "runs" / STAGE / "version_0"
+    folder = tmp_path / "runs" / stage / "version_0"
     assert {p.name for p in folder.iterdir()} >= {"checkpoints", "config.yaml", "metrics.csv", "finished.json"}
-    assert Run(folder).best().is_file() and "Next: python main.py test" in out
+    assert Run(folder).best().is_file() and f"Next: python main.py {then}" in out
 
 
 NAMES = ("my runs", "100% [a]", "it's {x}", "läufe_跑", "~")

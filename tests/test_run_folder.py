@@ -179,17 +179,32 @@ def test_a_moved_run_keeps_its_best_checkpoint_when_resumed(tmp_path, run):
 
 
 class Crash(Callback):
-    """Ends a fit as it starts to validate."""
+    """Ends a fit as it starts its first or a later validation."""
+
+    def __init__(self, at: int = 1) -> None:
+        self.left = at
 
     def on_validation_start(self, trainer, pl_module) -> None:
-        raise RuntimeError("crashed")
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("crashed")
 
 
-def test_a_fit_that_died_before_a_validation_makes_up_for_it(run):
-    options = ["--trainer.val_check_interval=2", "--last_checkpoint.every_n_steps=1", "--model.schedule=constant"]
+# The second validation lies two steps into the second epoch of four steps.
+ACROSS_EPOCHS = ["--trainer.val_check_interval=3", "--trainer.check_val_every_n_epoch=null", "--trainer.max_epochs=2"]
+
+
+@pytest.mark.parametrize("at, every, rows", [(1, ["--trainer.val_check_interval=2"], 2), (2, ACROSS_EPOCHS, 4)])
+def test_a_fit_that_died_before_a_validation_makes_up_for_it(run, at, every, rows):
+    options = [*every, "--last_checkpoint.every_n_steps=1", "--model.schedule=constant"]
     whole = run("fit", "softmax_regression", *options)
+    crash = ["--trainer.callbacks+=test_run_folder.Crash", f"--trainer.callbacks.at={at}"]
     with pytest.raises(RuntimeError, match="crashed"):
-        run("fit", "softmax_regression", *options, "--trainer.callbacks+=test_run_folder.Crash")
+        run("fit", "softmax_regression", *options, *crash)
     resumed = run("fit", "softmax_regression", *options, "--ckpt_path=last")
     texts = [(cli.run.folder / "metrics.csv").read_text() for cli in (whole, resumed)]
-    assert texts[0] == texts[1] and texts[0].count("\n") == 3
+    assert texts[0] == texts[1] and texts[0].count("\n") == 1 + rows
+
+
+def test_validations_may_go_by_the_clock(run):
+    assert run("fit", "softmax_regression", "--trainer.val_check_interval=00:00:01:00").run.finished["steps"] == 4
