@@ -34,27 +34,16 @@ PLAIN = "--pictures=false"
 
 @dataclass(frozen=True)
 class Step:
-    """A step of the ladder: a fit, then the accuracy of its best checkpoint on validation and test images.
+    """A step of the ladder: a fit, then the accuracy of its best checkpoint on validation and test images."""
 
-    Args:
-        name: the step's name in the results.
-        config: its file in configs/.
-        run: the folder of its runs.
-        metric: the accuracy that goes into the results.
-        on: the run whose encoder it starts from; None: it has its own, or none.
-        untrained: take that encoder as it was before its first training step.
-        report: validation accuracy that the report states; it has no test accuracies (its test images had no labels).
-        digits: further options on digits. Figures take a third of the time there; the page needs the encoder's alone.
-    """
-
-    name: str
-    config: str
-    run: str
-    metric: str = "accuracy"
-    on: str | None = None
-    untrained: bool = False
-    report: float | None = None
-    digits: tuple[str, ...] = (PLAIN,)
+    name: str  # in the results
+    config: str  # its file in configs/
+    run: str  # the folder of its runs
+    metric: str = "accuracy"  # what goes into the results
+    on: str | None = None  # the run whose encoder it starts from; None: it has its own, or none
+    untrained: bool = False  # take that encoder as it was before its first training step
+    report: float | None = None  # validation accuracy in the report, whose test images had no labels
+    digits: tuple[str, ...] = (PLAIN,)  # options on digits, where figures are a third of the time
 
 
 LOGISTIC, SOFTMAX = "logistic_regression", "softmax_regression"

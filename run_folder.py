@@ -20,31 +20,19 @@ class FolderLogger(Logger):
     """Logs nothing. Tells Lightning and the callbacks a run's folder, whatever other loggers there are: none, or some
     that write elsewhere. None on all processes but the first."""
 
+    log_dir = save_dir = None
+    name = version = ""
+
     def __init__(self, folder: Path | None) -> None:
         super().__init__()
-        self._folder = folder
+        if folder is not None:
+            self.log_dir, self.save_dir = str(folder), str(folder.parent.parent)
+            self.name, self.version = folder.parent.name, folder.name
 
-    @property
-    def log_dir(self) -> str | None:
-        return self._folder and str(self._folder)
-
-    @property
-    def save_dir(self) -> str | None:
-        return self._folder and str(self._folder.parent.parent)
-
-    @property
-    def name(self) -> str:
-        return self._folder.parent.name if self._folder else ""
-
-    @property
-    def version(self) -> str:
-        return self._folder.name if self._folder else ""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, *args, **kwargs) -> None:
         pass
 
-    def log_hyperparams(self, *args, **kwargs) -> None:
-        pass
+    log_hyperparams = log_metrics
 
 
 def folder_of(trainer: Trainer) -> Path | None:

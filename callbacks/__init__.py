@@ -19,16 +19,6 @@ from callbacks.view_sheet import ViewSheet
 # Those whose options the command line has, as `--<class in snake case>.<option>`; what does not apply to a stage does
 # nothing there. The command line adds Progress, ModelParts and RunFiles by itself.
 NAMED = (
-    BestCheckpoint,
-    LastCheckpoint,
-    FrozenEncoder,
-    Curves,
-    TrainingMonitor,
-    MiningMonitor,
-    RetrievalMonitor,
-    TSNE,
-    ViewSheet,
-    Inspection,
-    PredictionWriter,
-    Report,
-)
+    BestCheckpoint, LastCheckpoint, FrozenEncoder, Curves, TrainingMonitor, MiningMonitor, RetrievalMonitor, TSNE,
+    ViewSheet, Inspection, PredictionWriter, Report,
+)  # fmt: skip

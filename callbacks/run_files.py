@@ -54,14 +54,10 @@ class RunFiles(SaveConfigCallback):
             trainer.save_checkpoint(folder / "checkpoints" / STEP0)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
+        if trainer.state.fn != "fit":
             self._save(trainer)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+    on_test_start = on_predict_start = on_validation_start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict) -> None:
         """What made the checkpoint: the whole config, the packages' versions, the number of threads."""

@@ -19,24 +19,15 @@ RATIO = 4 / 3  # the longest crop's sides, as torchvision's RandomResizedCrop
 
 @dataclass(frozen=True)
 class Views:
-    """`count` views of each image, `size` pixels wide.
-
-    Args:
-        count: views of each image.
-        size: their side in pixels.
-        scale: a crop's least and largest share of the image's area; None: the whole image.
-        flip: mirror half of the views.
-        jitter: how much brightness, contrast and saturation vary around 1, and hue around 0 (1 is a whole turn), in
-            four of five views.
-        greyscale: share of the views without colour.
-    """
+    """`count` views of each image, `size` pixels wide."""
 
     count: int
     size: int = 32
-    scale: tuple[float, float] | None = None
-    flip: bool = False
+    scale: tuple[float, float] | None = None  # a crop's least and largest share of the area; None: the whole image
+    flip: bool = False  # half of the views are mirrored
+    # How much brightness, contrast and saturation vary around 1, and hue around 0 (1: a whole turn), in four of five.
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    greyscale: float = 0.0
+    greyscale: float = 0.0  # share of the views without colour
 
     @property
     def varies(self) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,7 +113,7 @@ def unknown(study: Study) -> Iterator[Found]:
             stage, data = loaded(run)
             networks = {"max. probability": stage.predictor()}
             if hasattr(stage, "encoder"):
-                networks["neighbours"] = Compared(stage.predictor(features=True), stage.encoder.contrast_dim)
+                networks["neighbours"] = compared(stage)
             for how, network in networks.items():
                 bank = computed(network, data.split("train").images) if how == "neighbours" else None
                 own = strangeness(network, data.split("test").images, bank)
@@ -134,15 +134,10 @@ def others(study: Study) -> dict[str, Tensor]:
     return found
 
 
-class Compared(nn.Module):
-    """The features (N, width) that nearest neighbours read."""
-
-    def __init__(self, predictor: nn.Module, width: int) -> None:
-        super().__init__()
-        self.predictor, self.width = predictor, width
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.predictor(images)[:, : self.width]
+def compared(stage: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Images (N, 3, 32, 32) → the features (N, width) that nearest neighbours read."""
+    features, width = stage.predictor(features=True), stage.encoder.contrast_dim
+    return lambda images: features(images)[:, :width]
 
 
 def strangeness(network: nn.Module, images: Tensor, bank: Tensor | None, k: int = 50) -> Tensor:
