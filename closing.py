@@ -48,14 +48,13 @@ def after_evaluation(command: str, run: Path | None) -> str:
 def following(trainer: Trainer, data: InMemoryDataModule, run: Path, config: Namespace) -> str:
     """The command after a fit, ready to paste: a probe's, or the test (a validation, where there is no test file, and
     nothing where there are no validation images either)."""
+    images = len(data.split("train").images)  # read now where only processes that were spawned have read them
     if not isinstance(trainer.lightning_module, TripletEncoder) or not data.labelled:
         more = data_options(data, config.data) if Path.cwd() != PROJECT else []
         verb = "test" if data.has_test and data.labelled else "validate"
         if verb == "validate" and not data.val_size:
             return ""
         return command(verb, "--config", shown(run / "config.yaml"), "--ckpt_path", shown(run), *more)
-    # Processes that were spawned have read the images, and this one has not.
-    images = PROBE_BATCH if trainer.datamodule is None else len(data.split("train").labels)
     size = [f"--data.batch_size={images}"] if images < PROBE_BATCH else []
     more = [*data_options(data, config.data), *size, "--frozen_encoder.run", shown(run)]
     return command("fit", "--config", shown(PROJECT / "configs" / "linear_probe.yaml"), *more)

@@ -85,8 +85,8 @@ def keep_freed_memory() -> None:
     """Lets glibc keep freed blocks of any size for the next allocation instead of returning them to the kernel.
 
     It returns blocks above 32 MiB at once, as large as one activation of a batch, and every training step then pays for
-    zeroed pages again: 4,031 faults a step and not 33 (benchmarks/RESULTS.md). What that costs depends on the machine:
-    about 10 % on two cores with AMX, nothing on an EPYC. Elsewhere than with glibc nothing is changed.
+    zeroed pages again: 4,031 faults and not 33. What that costs depends on the kernel and on other programs:
+    `python -m benchmarks.training` measures it. Elsewhere than with glibc nothing is changed.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -17,11 +17,13 @@ import copy
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_metric_learning import losses, miners
+from torch import Tensor
 from torchvision import transforms
 
 from benchmarks.common import Clock, Rows, bare_step, fit_with, fresh, in_turn, random_batch, run, shipped, summary
@@ -82,10 +84,12 @@ def ours(options: argparse.Namespace, name: str, *more: str) -> dict[str, float]
 
 
 class Images(torch.utils.data.TensorDataset):
-    """Images and labels as torchvision's data sets deliver them."""
+    """Images and labels as torchvision's data sets deliver them, augmented or not; `more` transforms come last."""
 
-    crop_and_flip = [transforms.RandomCrop(32, 2, padding_mode="reflect"), transforms.RandomHorizontalFlip()]
-    transform = transforms.Compose([transforms.ToPILImage(), *crop_and_flip, transforms.ToTensor()])
+    def __init__(self, images: Tensor, labels: Tensor, augmented: bool = True, *more: Callable) -> None:
+        super().__init__(images, labels)
+        random = [transforms.RandomCrop(32, 2, padding_mode="reflect"), transforms.RandomHorizontalFlip()] * augmented
+        self.transform = transforms.Compose([transforms.ToPILImage(), *random, transforms.ToTensor(), *more])
 
     def __getitem__(self, i: int):
         image, label = super().__getitem__(i)
@@ -101,7 +105,8 @@ class Usual(LightningModule):
     def training_step(self, batch, batch_idx):
         images, labels = batch
         z = self.model(images.contiguous(memory_format=torch.channels_last)).float()
-        loss = self.loss(z, labels, self.miner(z, labels))
+        with torch.autocast("cpu", enabled=False):
+            loss = self.loss(z, labels, self.miner(z, labels))
         self.log("loss", loss, prog_bar=True)
         return loss
 

@@ -11,6 +11,7 @@ All sides have the same images; fresh processes, in turn. Ratios are of views/s.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -26,6 +27,7 @@ from benchmarks.common import Clock, Rows, fit_with, fresh, in_turn, median_rati
 from cli import bf16_is_native
 from datamodules.arrays import read_npz
 from datamodules.loader import BatchLoader
+from errors import require
 from lightning_modules.stage import of_views
 from main import keep_freed_memory
 
@@ -100,21 +102,20 @@ def lightly(options: argparse.Namespace, setting: str) -> float:
     optimizer = model.configure_optimizers()["optimizer"]
     shuffled = {"shuffle": True, "drop_last": True, "num_workers": workers}
     loader = torch.utils.data.DataLoader(Pairs(images), size, **shuffled)
-    bf16, began, warm = setting != EXAMPLE and bf16_is_native(), None, max(2, options.steps // 8)
-    for i, views in enumerate(loader):
-        if i == warm:
-            began = time.perf_counter()
-        if i == options.steps:
-            break
+    require(len(loader) >= 1, "--data-dir", options.data_dir, f"at least {size} images")
+    bf16, clock = setting != EXAMPLE and bf16_is_native(), Clock()
+    for views in itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), options.steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             one, two = (model(x.contiguous(memory_format=torch.channels_last)) for x in views)
         optimizer.zero_grad()
         loss(one.float(), two.float()).backward()
         optimizer.step()
-    return 2 * size * (i - warm) / (time.perf_counter() - began)
+        clock.on_train_batch_end()
+    return 2 * clock.rate(size)
 
 
 def rows(options: argparse.Namespace) -> Rows:
+    require(options.steps >= Clock.WARMUP + 2, "--steps", options.steps, f"at least {Clock.WARMUP + 2}")
     steps = [fresh(step, options) for _ in range(options.repetitions)]
     found = summary({name: [x[name] for x in steps] for name in steps[0]}, "ms", {"views of a batch": "training step"})
     sides = {"ours": lambda: fresh(ours, options)}

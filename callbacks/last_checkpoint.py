@@ -60,16 +60,21 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx) -> None:
         step = trainer.global_step
         accumulating, self._step = step == self._step, step
-        if trainer.check_val_every_n_epoch is None:
-            batch_idx = trainer.fit_loop.epoch_loop.total_batch_idx
-        every = trainer.val_check_batch  # None where validations go by the clock
-        validates = every is not None and sum(trainer.num_val_batches) > 0 and (batch_idx + 1) % every == 0
-        if trainer.is_last_batch or accumulating or validates:
+        if trainer.is_last_batch or accumulating or self._validates(trainer, batch_idx):
             return  # the epoch's end follows, or the step's, or a validation, which a checkpoint before it would skip
         stop = self._stopped(trainer) if trainer.world_size == 1 or step % self.ASK_EVERY == 0 else 0
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self._save(trainer)
         self._end(trainer, stop)
+
+    def _validates(self, trainer: Trainer, batch_idx: int) -> bool:
+        """Whether a validation follows this step, as far as that does not depend on the clock."""
+        every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+        if every is None or not sum(trainer.num_val_batches):
+            return False
+        if epochs is None:  # validations are counted over all epochs
+            return (trainer.fit_loop.epoch_loop.total_batch_idx + 1) % every == 0
+        return (batch_idx + 1) % every == 0 and (trainer.current_epoch + 1) % epochs == 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.is_last_batch:

@@ -21,7 +21,8 @@ class PredictionWriter(Callback):
 
     Args:
         labels_only: write the report's file instead: one integer a line, no header.
-        features: also write `features.npz`, the encoder's features (N, D) float32 as `features`, in the same order.
+        features: also write `features.npz`, the encoder's features (N, D) float32 as `features`, in the same order, and
+            the images' numbers (N,) as `index`.
     """
 
     def __init__(self, labels_only: bool = False, features: bool = False) -> None:
@@ -34,6 +35,8 @@ class PredictionWriter(Callback):
         if self.features and not hasattr(pl_module, "encoder"):
             stage = type(pl_module).__name__
             raise InputError(f"prediction_writer.features: {stage} has no encoder; leave the option out")
+        if self.labels_only and trainer.world_size > 1 and trainer.limit_predict_batches != 1.0:
+            raise InputError("prediction_writer.labels_only: lines without numbers need all batches, or one process")
 
     def on_predict_batch_end(self, trainer, pl_module, outputs: Tensor, batch, batch_idx, dataloader_idx=0) -> None:
         features = None
@@ -54,7 +57,7 @@ class PredictionWriter(Callback):
         index = torch.cat(index).tolist()
         probabilities, labels = torch.cat(outputs).max(1)
         if self.features:
-            arrays = {"features": torch.cat(features).numpy()}
+            arrays = {"features": torch.cat(features).numpy(), "index": np.array(index)}
             write(folder / "features.npz", lambda file: np.savez(file, **arrays))
         names, files = pl_module.class_names, trainer.datamodule.test_files
         columns = {

@@ -69,7 +69,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         for split, path in given.items():  # as `--data.test_npz=$UNSET` gives it
             require(path != "", f"data.{split}_npz", "''", "a file's name; leave the option out for the data set's own")
         self.npz = {split: path and local_path(path) for split, path in given.items()}
-        self.has_test = train_npz is None or test_npz is not None
+        self.has_test = train_npz is None if test_npz is None else not os.path.isdir(self.npz["test"])
         self.source = dataset if train_npz is None else f"{self.source} (data.train_npz)"
 
     def prepare_data(self) -> None:

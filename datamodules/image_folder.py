@@ -45,7 +45,7 @@ class ImageFolderDataModule(InMemoryDataModule):
         if val_size is None:
             val_size = max(1, sum(len(image_files(place)) for place in places) // 10)
         super().__init__(val_size=val_size, batch_size=batch_size, names=names, **kwargs)
-        self.has_test = (self.root / "test").is_dir()
+        self.has_test = any(p.is_dir() and not hidden(p.name) for p in (self.root / "test").glob("*"))
         self.save_hyperparameters()
 
     def load(self, split: str) -> ImageSet:

@@ -59,7 +59,7 @@ class InMemoryDataModule(LightningDataModule):
     """
 
     CLASSES: Sequence[str] = ()
-    has_test = True  # whether there are test images to `test` on
+    has_test = True  # whether there are test images with labels
     test_files: list[str] | None = None  # the test images' own files, where they come from a folder
     train_features: Tensor | None = None  # those of the training images, once they are cached
     train_place = "the training images"  # where they lie, for messages

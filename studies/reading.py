@@ -2,13 +2,16 @@
 
     python -m studies.reading --encoder RUN [RUN ...]
     python -m studies.reading --encoder RUN/checkpoints/step0.ckpt      # before its first training step
+    python -m studies.reading --encoder RUN --crops 24                  # averaged over five crops too
 
 The probe is that of configs/linear_probe.yaml, on the training images as they are. Its accuracy is that on validation
 images after the last epoch. There each image's values are the mean over the views that a probe's evaluation takes.
+With --crops, training images are averaged over these views too. Five crops and their mirror images join the mean.
 """
 
 import argparse
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from callbacks.frozen_encoder import encoder_from_checkpoint
 from checkpoint_file import load_checkpoint
 from datamodules.arrays import ImageSet
 from datamodules.loader import BatchLoader
+from errors import require
 from lightning_modules.encoders.contract import Encoder, view
 from lightning_modules.encoders.fast import nine_parts
 from run_folder import resolve_checkpoint
@@ -30,14 +34,29 @@ from studies.common import encoder_run
 def add_options(parser: argparse.ArgumentParser) -> None:
     runs = "run folders or checkpoints of a FastEncoder (default: newest in runs/triplet_encoder)"
     parser.add_argument("--encoder", nargs="+", help=runs)
+    parser.add_argument("--crops", type=int, help="side in pixels of the corners and the centre (default: no crops)")
+
+
+def shown(images: Tensor, views: list[tuple[bool, int]], side: int | None) -> Iterator[Tensor]:
+    """The views of images (B, 3, H, W); then the corners and the centre, resized to (H, W), and their mirror images."""
+    for which in views:
+        yield view(images, *which)
+    if side:
+        end = images.shape[-1] - side
+        for top, left in ((0, 0), (0, end), (end, 0), (end, end), (end // 2, end // 2)):
+            crop = images[..., top : top + side, left : left + side]
+            crop = F.interpolate(crop, images.shape[-2:], mode="bilinear")
+            yield from (crop, crop.flip(-1))
 
 
 @torch.no_grad()
-def read(encoder: Encoder, head: Tensor | None, images: ImageSet, views: list[tuple[bool, int]]) -> dict[str, Tensor]:
-    """For each place (N, its width) float32, the mean over the views."""
+def read(
+    encoder: Encoder, head: Tensor | None, images: ImageSet, views: list[tuple[bool, int]], side: int | None
+) -> dict[str, Tensor]:
+    """For each place (N, its width) float32, the mean over what `shown` gives."""
     found: dict[str, list[Tensor]] = {}
     for batch, *_ in BatchLoader(*images, 500):
-        of_views = [places(encoder, head, view(batch, *which)) for which in views]
+        of_views = [places(encoder, head, x) for x in shown(batch, views, side)]
         for place in of_views[0]:
             found.setdefault(place, []).append(torch.stack([x[place] for x in of_views]).mean(0))
     return {place: torch.cat(x) for place, x in found.items()}
@@ -83,11 +102,13 @@ def of_encoder(options: argparse.Namespace, folder: str) -> dict[str, float]:
     data, file = shipped(options, "linear_probe").data, resolve_checkpoint(folder, Path(folder).parent)
     checkpoint = load_checkpoint(file)
     encoder, head = encoder_from_checkpoint(file, checkpoint), checkpoint["state_dict"].get("head.weight")
-    train, val = (read(encoder, head, data.split(s), v) for s, v in (("train", [(False, 0)]), ("val", encoder.views)))
+    views = {"train": encoder.views if options.crops else [(False, 0)], "val": encoder.views}
+    train, val = (read(encoder, head, data.split(split), views[split], options.crops) for split in views)
     return {place: accuracy(options, encoder, train[place], val[place]) for place in train}
 
 
 def rows(options: argparse.Namespace) -> Rows:
+    require(options.crops is None or 1 <= options.crops <= 32, "--crops", options.crops, "1..32 pixels")
     runs = [of_encoder(options, folder) for folder in options.encoder or [encoder_run(options)]]
     found = {place: [accuracies[place] for accuracies in runs] for place in runs[0]}
     numbered = {place: {f"run {i}": value for i, value in enumerate(values)} for place, values in found.items()}

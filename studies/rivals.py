@@ -179,7 +179,7 @@ class Study:
                     if not any(isinstance(e, LossNotFinite) for e in causes(error)):  # the rate is too high
                         raise
             if not validated:
-                raise InputError(f"cross-entropy{tag}: the loss is not finite at any of the rates {first.points}")
+                raise InputError(f"cross-entropy{tag}: the loss is not finite at any of {', '.join(first.points)}")
             self.chosen[tag] = max(validated, key=validated.__getitem__)
         tag_of_draw, count, options = give(draw)
         return rivals.entropy(tag_of_draw, self.chosen[tag], count, options)

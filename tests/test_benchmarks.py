@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from errors import InputError
 from lightning_modules.finite_loss import LossNotFinite
@@ -29,7 +30,12 @@ BENCHMARKS = (
     "to_accuracy",
     "gpu",
 )
-STUDIES = (["studies.recipes", "smoothing", "averaging"], ["studies.reading"], ["studies.report"])
+STUDIES = (
+    ["studies.recipes", "smoothing", "averaging"],
+    ["studies.reading"],
+    ["studies.reading", "--crops", "24"],
+    ["studies.report"],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +156,17 @@ def test_a_study_keeps_no_fit_that_a_user_error_ended(tmp_path, common, monkeypa
         common.measured("studies.recipes", given)
     assert not (tmp_path / "fits.json").exists()
     assert all(math.isnan(row["mean"]) for row in common.measured("studies.recipes", given))
+
+
+def test_crops_are_the_corners_and_the_centre():
+    images = torch.arange(32.0 * 32).view(1, 1, 32, 32).expand(1, 3, 32, 32)
+    plain, mirrored, *crops = importlib.import_module("studies.reading").shown(images, [(False, 0), (True, 0)], 8)
+    assert torch.equal(plain, images) and torch.equal(mirrored, images.flip(-1)) and len(crops) == 10
+    # A linear ramp keeps its mean when it is resized.
+    means = [images[..., y : y + 8, x : x + 8].mean() for y, x in ((0, 0), (0, 24), (24, 0), (24, 24), (12, 12))]
+    for mean, crop, mirror in zip(means, crops[::2], crops[1::2]):
+        torch.testing.assert_close(crop.mean(), mean)
+        assert torch.equal(mirror, crop.flip(-1)) and crop.shape == images.shape
 
 
 def test_neighbours_and_metrics_agree_with_the_peers(common):

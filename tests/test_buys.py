@@ -4,9 +4,13 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from errors import InputError
+from lightning_modules.finite_loss import LossNotFinite
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +38,18 @@ def test_a_question_has_an_answer_and_keeps_it(question, out, monkeypatch, capsy
     monkeypatch.setattr(fits, "main", None)
     buys.main()
     assert json.loads((out / f"{question}_digits.json").read_text()) == found
+
+
+def test_cross_entropy_that_diverges_at_every_rate_is_one_line():
+    fits = importlib.import_module("studies.rivals")
+
+    def diverges(*args):
+        raise LossNotFinite("the loss is nan")
+
+    first = SimpleNamespace(points={"rate_1": [], "rate_2": []}, entropy=diverges, accuracy=None)
+    study = SimpleNamespace(seeds=[first], chosen={})
+    with pytest.raises(InputError, match="cross-entropy_few: .*rate_1, rate_2"):
+        fits.Study.entropy(study, first, 0, lambda draw: fits.Given("_few", 4, []))
 
 
 def test_corruptions_grow_with_their_severity():

@@ -175,6 +175,9 @@ def test_rows_of_a_limited_prediction_name_their_images(mlp_probe):
         newest = max(folders, key=lambda path: int(path.name.split("_")[1]))
         tables.append([line.split(",")[:3] for line in (newest / "predictions.csv").read_text().splitlines()[1:]])
     assert tables[1] == tables[0][:100] + tables[0][200:300]
+    limited = ["--trainer.limit_predict_batches=1", "--prediction_writer.labels_only=true", "--trainer.devices=2"]
+    refused = start("main.py", *given, *limited)
+    assert "labels_only: lines without numbers" in refused.communicate(timeout=300)[1] and refused.returncode == 2
 
 
 def test_shared_batch_norm_is_batch_norm_on_one_process():

@@ -70,8 +70,11 @@ def test_classes_counts_and_sizes_are_said(folder, capsys):
                 torch.testing.assert_close(chosen.float().mean((0, 1, 2)), torch.tensor(colour).float(), rtol=0, atol=4)
 
 
-def test_a_fit_without_test_images_is_followed_by_a_validation(folder, tmp_path, capsys):
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_a_fit_without_test_labels_is_followed_by_a_validation(folder, tmp_path, capsys, unlabelled):
     shutil.rmtree(folder / "test")
+    if unlabelled:
+        shutil.copytree(next((folder / "train").iterdir()), folder / "test")
     command(tmp_path, "fit", "softmax_regression", "--trainer.max_epochs=1", "--pictures=false")
     assert "Next: python main.py validate" in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""Imports point one way: main → cli → callbacks → run_folder → lightning_modules, datamodules → errors."""
+"""Imports point one way, from main down to errors."""
 
 import ast
 import subprocess

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import PredictionWriter, figures, inspection
+from callbacks import Inspection, PredictionWriter, figures, inspection
 from callbacks.inspection import calibration_error
 from callbacks.tsne import project
+from datamodules.loader import BatchLoader
 
 FIGURES = ("confusion_matrix.png", "reliability.png", "errors.png")
 
@@ -85,6 +86,15 @@ def test_pixels_are_inspected_too_and_a_test_needs_no_training_file(run, tmp_pat
     assert not list(folder.glob("test_1/*.png")) and (folder / "test_1" / "report.html").is_file()
 
 
+def test_errors_of_a_limited_test_keep_the_numbers_of_their_images():
+    stage = SimpleNamespace(probabilities=lambda output: output)
+    for rank, first in ((0, 0), (1, 40)):  # three batches of 20 on two processes
+        loader = BatchLoader(torch.zeros(60, 32, 32, 3, dtype=torch.uint8), None, 20, rank=rank, world_size=2)
+        trainer, callback = SimpleNamespace(state=SimpleNamespace(fn="test"), test_dataloaders=loader), Inspection()
+        callback.on_test_batch_end(trainer, stage, {"output": torch.eye(2)}, (None, torch.arange(2)), 0)
+        assert callback._seen[0][0].tolist() == [first, first + 1]
+
+
 def test_two_classes_and_no_error(run, tmp_path):
     run("fit", "logistic_regression", "--data.batch_size=10", "--trainer.max_epochs=5", "--pictures=false")
     cli = run("test", "logistic_regression", "--ckpt_path=best")
@@ -123,7 +133,7 @@ def test_odd_class_names_leave_tables_whole(tmp_path, monkeypatch):
     assert len(rows) == 5 and {row.count("\t") for row in rows} == {1}
 
     trainer.datamodule, writer = SimpleNamespace(test_files=None), PredictionWriter()
-    writer._blocks = [(torch.eye(2), None)]
+    writer._blocks = [(torch.arange(2), torch.eye(2), None)]
     monkeypatch.setattr("callbacks.prediction_writer.folder_of", lambda trainer: tmp_path)
     writer.on_predict_end(trainer, SimpleNamespace(class_names=names))
     logger.experiment.flush()

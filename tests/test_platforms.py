@@ -54,6 +54,8 @@ def test_processes_that_are_spawned_write_the_runs_folder(tmp_path, tiny, stage,
     folder = tmp_path / "runs" / stage / "version_0"
     assert {p.name for p in folder.iterdir()} >= {"checkpoints", "config.yaml", "metrics.csv", "finished.json"}
     assert Run(folder).best().is_file() and f"Next: python main.py {then}" in out
+    following = next(line for line in out.splitlines() if line.startswith("Next: python main.py "))
+    main([*shlex.split(following)[3:], "--trainer.accelerator=cpu", f"--trainer.logger.save_dir={tmp_path / 'then'}"])
 
 
 NAMES = ("my runs", "100% [a]", "it's {x}", "läufe_跑", "~")

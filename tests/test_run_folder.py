@@ -206,5 +206,11 @@ def test_a_fit_that_died_before_a_validation_makes_up_for_it(run, at, every, row
     assert texts[0] == texts[1] and texts[0].count("\n") == 1 + rows
 
 
+def test_an_epoch_without_validations_has_its_checkpoints(run):
+    every = ["--trainer.val_check_interval=2", "--trainer.check_val_every_n_epoch=2", "--trainer.max_steps=2"]
+    last = run("fit", "softmax_regression", *every, "--model.schedule=constant").run.last()
+    assert load_checkpoint(last)["global_step"] == 2
+
+
 def test_validations_may_go_by_the_clock(run):
     assert run("fit", "softmax_regression", "--trainer.val_check_interval=00:00:01:00").run.finished["steps"] == 4
