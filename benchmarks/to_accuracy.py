@@ -1,5 +1,6 @@
 """Seconds to an accuracy on test images: this project's encoder and linear probe beside others.
 
+    pip install -e '.[benchmarks]'
     python -m benchmarks.to_accuracy --airbench ../cifar10-airbench --json runs/to_accuracy.json
     python -m benchmarks.to_accuracy --seeds 1 --ours triplet_encoder:9 triplet_encoder:13 --usual 10
 
@@ -156,7 +157,6 @@ def usual(options: argparse.Namespace, epochs: int, seed: int) -> tuple[float, f
     precision = "bf16-mixed" if bf16_is_native() else "32-true"
     trainer = Trainer(accelerator="cpu", devices=1, precision=precision, max_epochs=epochs, **QUIET)
     module = Usual().to(memory_format=torch.channels_last)
-
     normalise = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
     def features(data) -> Tensor:

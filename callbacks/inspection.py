@@ -44,8 +44,7 @@ class Inspection(Callback):
             # Not all probabilities, which may be a thousand for each image.
             confidence, predicted = pl_module.probabilities(outputs["output"]).max(1)
             loader = trainer.test_dataloaders if trainer.state.fn == "test" else trainer.val_dataloaders
-            first = loader.block.start + batch_idx * loader.batch_size
-            index = torch.arange(first, first + len(predicted))
+            index = loader.numbers(batch_idx, len(predicted))
             self._seen.append((index, confidence.cpu(), predicted.cpu(), batch[1].cpu()))
 
     on_test_batch_end = on_validation_batch_end

@@ -43,8 +43,8 @@ class PredictionWriter(Callback):
         if self.features:
             with trainer.precision_plugin.forward_context():
                 features = pl_module.encoder.embed(batch[0]).cpu()
-        first = trainer.predict_dataloaders.block.start + batch_idx * trainer.predict_dataloaders.batch_size
-        self._blocks.append((torch.arange(first, first + len(outputs)), outputs.cpu(), features))
+        index = trainer.predict_dataloaders.numbers(batch_idx, len(outputs))
+        self._blocks.append((index, outputs.cpu(), features))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Each process has a contiguous block of the images, so their order is the order of the ranks. `index` has gaps

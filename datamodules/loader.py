@@ -89,6 +89,11 @@ class BatchLoader:
         first, last = (-(-batches * r // self.world_size) * self.batch_size for r in (self.rank, self.rank + 1))
         return range(first, min(last, self.num_samples))
 
+    def numbers(self, batch: int, count: int) -> Tensor:
+        """Which images, `count` of them, this process's evaluation batch of that number holds."""
+        first = self.block.start + batch * self.batch_size
+        return torch.arange(first, first + count)
+
     def __len__(self) -> int:
         if self.seed is not None:
             return self.num_samples // self.batch_size
